@@ -1,0 +1,410 @@
+"""What a run is, as data: frozen dataclasses with a docstring under every field.
+
+Imports no torch and builds nothing: `build.py` turns a Config into objects. Field names are unique over
+the whole tree, so a flat name is enough on the command line (``--inner-lr``), as an MLflow parameter
+(``inner_lr``) and in a search space.
+
+Wherever a table's name is accepted (algorithm, model, objective, tasks, dataset), ``package.module:attribute``
+names a user's own, whose arguments come as plain keyword arguments from the matching ``*_arguments`` field.
+"""
+
+import dataclasses
+import math
+import types
+import typing
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, TypeAlias
+
+from distmaml.errors import ConfigError, unknown
+
+Scalar: TypeAlias = str | int | float | bool
+
+
+# ------------------------------------------------------------------------------------------ algorithms
+
+
+@dataclass(frozen=True)
+class InnerLoop:
+    """Gradient descent on the support set: maml, fomaml, anil."""
+
+    inner_lr: float = 0.01
+    """Step size of the inner loop, on the mean loss over the support set. Papers that sum the loss over ways
+    (cbfinn/maml) name a rate that is num_ways times smaller for the same step."""
+    num_inner_steps: int = 5
+    """Inner steps in training, 1 or more."""
+
+
+@dataclass(frozen=True)
+class CustomAlgorithm:
+    """Options of an algorithm named as package.module:attribute."""
+
+    algorithm_arguments: dict[str, Scalar] = field(default_factory=dict)
+    """Keyword arguments that the named factory gets beside the objective."""
+
+
+# ---------------------------------------------------------------------------------------------- models
+
+
+@dataclass(frozen=True)
+class Conv4:
+    """Four 3x3 convolutions with batch norm on batch statistics and ReLU (Vinyals et al., 2016)."""
+
+    num_filters: int = 64
+    """Channels of each convolution. 64 for Omniglot; 32 for mini-ImageNet in the MAML paper."""
+    downsample: Literal["stride", "pool"] = "stride"
+    """Halve the image by stride 2 (Omniglot) or by 2x2 max-pooling (mini-ImageNet)."""
+
+
+@dataclass(frozen=True)
+class Mlp:
+    """Fully connected layers with ReLU."""
+
+    hidden_sizes: tuple[int, ...] = (40, 40)
+    """Width of each hidden layer. 40 40 is the sinusoid network of the MAML paper."""
+
+
+@dataclass(frozen=True)
+class CustomModel:
+    """Options of a model named as package.module:attribute."""
+
+    model_arguments: dict[str, Scalar] = field(default_factory=dict)
+    """Keyword arguments of the named factory, which returns an nn.Module."""
+
+
+# ----------------------------------------------------------------------------------------------- tasks
+
+
+@dataclass(frozen=True)
+class ImageTasks:
+    """N-way K-shot episodes over a class store."""
+
+    dataset: str = "glyphs"
+    """glyphs (embedded), omniglot, image_folder, or package.module:attribute."""
+    data_dir: Path | None = None
+    """Folder with the raw files of the data set. Not needed for glyphs; Omniglot is downloaded without it."""
+    image_size: int = 28
+    """Height and width to which every image is resized, in pixels."""
+    color: bool = False
+    """Read images as RGB (3 channels) rather than grey (1 channel). Only image_folder has colors."""
+    split: str = "default"
+    """Which of the store's named class splits to use; omniglot has `maml` and `alphabets`."""
+    split_by: Literal["classes", "samples"] = "classes"
+    """classes: train, val and test have disjoint classes. samples: the same classes with disjoint pictures, for data
+    sets with too few classes to divide (cats and dogs)."""
+    num_ways: int = 5
+    """Classes in an episode."""
+    num_shots: int = 1
+    """Support images a class."""
+    num_queries: int = 15
+    """Query images a class in training."""
+    num_eval_queries: int = 15
+    """Query images a class in validation and test."""
+    rotations: Literal["none", "train", "all"] = "none"
+    """Rotations by 90, 180 and 270 degrees make new classes: in no split, in training only, or in all three. A
+    class's rotations stay in its own split."""
+
+
+@dataclass(frozen=True)
+class Sinusoid:
+    """y = amplitude * sin(x - phase): amplitude in [0.1, 5], phase in [0, pi], x in [-5, 5] (Finn et al., 2017)."""
+
+    num_shots: int = 5
+    """Support points a task."""
+    num_queries: int = 10
+    """Query points a task in training."""
+    num_eval_queries: int = 100
+    """Query points a task in validation and test."""
+
+
+@dataclass(frozen=True)
+class CustomTasks:
+    """Options of a task distribution named as package.module:attribute."""
+
+    task_arguments: dict[str, Scalar] = field(default_factory=dict)
+    """Keyword arguments that the named factory gets beside split and seed."""
+
+
+# ------------------------------------------------------------------------------------ the rest of a run
+
+
+@dataclass(frozen=True)
+class Outer:
+    """The outer loop."""
+
+    num_outer_steps: int = 1000
+    """Outer steps of the whole run."""
+    meta_batch_size: int = 32
+    """Tasks per outer step over all workers."""
+    outer_lr: float = 1e-3
+    """Step size of the outer optimiser."""
+    optimizer: Literal["adam", "adamw", "sgd"] = "adam"
+    """Outer optimiser."""
+    schedule: Literal["constant", "cosine", "linear"] = "constant"
+    """How outer_lr falls over num_outer_steps."""
+    final_lr_fraction: float = 0.01
+    """Share of outer_lr that the cosine and linear schedules end with."""
+    weight_decay: float = 0.0
+    """Weight decay of the outer optimiser (decoupled for adamw)."""
+    clip_norm: float | None = None
+    """Scale the meta-gradient down to this Euclidean norm when it is larger."""
+    reduction: Literal["ordered", "plain"] = "ordered"
+    """ordered: chunk sums are added in index order, so training is bitwise the same for every number of workers.
+    plain: each worker adds its own first; less traffic for large models, equal up to rounding."""
+    reduction_chunk: int = 4
+    """Tasks computed together and summed as one piece; fixed over the numbers of workers. At most meta_batch_size
+    divided by this many workers have something to do."""
+    precision: Literal["float32", "float64"] = "float32"
+    """Type of the parameters and of all arithmetic."""
+    seed: int = 0
+    """Seed of the initial parameters and of the tasks. Splits do not depend on it."""
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Validation while training and the test at the end."""
+
+    num_eval_steps: int = 3
+    """Inner steps in validation and test."""
+    val_every: int = 100
+    """Outer steps between validations; 0 for none."""
+    num_val_episodes: int = 100
+    """Validation episodes, always the same ones."""
+    num_test_episodes: int = 600
+    """Test episodes at the end of the run; 0 for none."""
+    inductive: bool = True
+    """In the test, also score each query item with the support set alone in the batch statistics."""
+    selection_metric: str = "val/query_accuracy"
+    """The metric that picks the best checkpoint and stops the run early."""
+    selection_mode: Literal["max", "min"] = "max"
+    """Whether more or less of the selection metric is better."""
+    patience: int | None = None
+    """Stop after this many validations without a better selection metric."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """The run's name, its files and its tracking."""
+
+    name: str | None = None
+    """Name of the run: its folder under OUTPUT_DIR/runs and its name in MLflow. Default: recipe, date and time."""
+    output_dir: Path | None = None
+    """Everything a run makes lies here: stores, runs, mlflow.db. Default: $DISTMAML_HOME, else ~/distmaml."""
+    resume: bool = False
+    """Go on with the run of this name where it stopped."""
+    tracking_uri: str | None = None
+    """MLflow server (http://host:5000). Default: $MLFLOW_TRACKING_URI, else the embedded OUTPUT_DIR/mlflow.db."""
+    experiment: str | None = None
+    """MLflow experiment. Default: the recipe's name."""
+    log_every: int = 10
+    """Outer steps between points of train/* and system/*; each point is the mean since the last."""
+    checkpoint_every: int = 100
+    """Outer steps between checkpoints. Metrics are committed with them."""
+
+
+@dataclass(frozen=True)
+class Cluster:
+    """Where the run runs."""
+
+    num_workers: int = 1
+    """Ray workers, each with one CPU thread or with its GPUs."""
+    use_gpu: Literal["auto", "yes", "no"] = "auto"
+    """Use GPUs: if the cluster has any (auto), or always, or never."""
+    gpus_per_worker: float = 1.0
+    """GPUs of each worker; a fraction lets workers share one."""
+    address: str | None = None
+    """Address of a running Ray cluster. Default: $RAY_ADDRESS (set inside a Ray job), else one started for this
+    run on this machine."""
+    max_failures: int = 3
+    """Crashed worker groups that are started again from the last checkpoint before the run counts as failed."""
+
+
+AlgorithmOptions: TypeAlias = InnerLoop | CustomAlgorithm
+ModelOptions: TypeAlias = Conv4 | Mlp | CustomModel
+TaskOptions: TypeAlias = ImageTasks | Sinusoid | CustomTasks
+
+OPTIONS: dict[str, tuple[dict[str, type], type]] = {
+    "algorithm": ({"maml": InnerLoop, "fomaml": InnerLoop, "anil": InnerLoop}, CustomAlgorithm),
+    "model": ({"conv4": Conv4, "mlp": Mlp}, CustomModel),
+    "tasks": ({"images": ImageTasks, "sinusoid": Sinusoid}, CustomTasks),
+}
+"""For each selector: the dataclass of each name's options, and the one for a user's own."""
+
+
+@dataclass(frozen=True)
+class Config:
+    """A complete run. `recipes.py` has ready ones."""
+
+    recipe: str = "custom"
+    """Name of the recipe this configuration started from."""
+    algorithm: str = "maml"
+    """maml, fomaml, anil, or package.module:attribute."""
+    algorithm_options: AlgorithmOptions = InnerLoop()
+    """Options of the algorithm."""
+    model: str = "conv4"
+    """conv4, mlp, or package.module:attribute."""
+    model_options: ModelOptions = Conv4()
+    """Options of the model."""
+    objective: str = "classification"
+    """classification, regression, or package.module:attribute."""
+    tasks: str = "images"
+    """images, sinusoid, or package.module:attribute."""
+    task_options: TaskOptions = ImageTasks()
+    """Options of the task distribution."""
+    outer: Outer = Outer()
+    """The outer loop."""
+    evaluation: Evaluation = Evaluation()
+    """Validation and test."""
+    run: Run = Run()
+    """Name, files and tracking."""
+    cluster: Cluster = Cluster()
+    """Workers."""
+
+
+# ------------------------------------------------------------------------------------------- operations
+
+
+def is_custom(name: str) -> bool:
+    """Whether a name is a user's own ``package.module:attribute``."""
+    return ":" in name
+
+
+def flatten(config: Any) -> dict[str, Any]:
+    """All fields of a dataclass tree under their own names; the groups themselves are left out."""
+    flat: dict[str, Any] = {}
+    for entry in dataclasses.fields(config):
+        value = getattr(config, entry.name)
+        flat.update(flatten(value) if dataclasses.is_dataclass(value) else {entry.name: value})
+    return flat
+
+
+def override(config: Config, values: Mapping[str, Any]) -> Config:
+    """The configuration with some fields replaced, by flat names.
+
+    A new algorithm, model or task name brings its own options; those that it shares by name with the old ones keep
+    their values.
+
+    Raises:
+      ConfigError: a field or a table's name that does not exist.
+    """
+    values = dict(values)
+    for selector, (table, custom) in OPTIONS.items():
+        name = values.get(selector, getattr(config, selector))
+        if name != getattr(config, selector):
+            config = _select(config, selector, name, table, custom)
+    missing = values.keys() - flatten(config).keys()
+    if missing:
+        raise ConfigError(unknown("option", min(missing), flatten(config)))
+    replaced: Config = _replace(config, values)
+    return replaced
+
+
+def _select(config: Config, selector: str, name: str, table: dict[str, type], custom: type) -> Config:
+    group = {"algorithm": "algorithm_options", "model": "model_options", "tasks": "task_options"}[selector]
+    if not is_custom(name) and name not in table:
+        raise ConfigError(unknown(selector, name, table))
+    kind = custom if is_custom(name) else table[name]
+    old = getattr(config, group)
+    shared = {f.name: getattr(old, f.name) for f in dataclasses.fields(kind) if hasattr(old, f.name)}
+    changes: dict[str, Any] = {selector: name, group: kind(**shared)}
+    return dataclasses.replace(config, **changes)
+
+
+def _replace(config: Any, values: Mapping[str, Any]) -> Any:
+    changes: dict[str, Any] = {}
+    for entry in dataclasses.fields(config):
+        value = getattr(config, entry.name)
+        if dataclasses.is_dataclass(value):
+            changes[entry.name] = _replace(value, values)
+        elif entry.name in values:
+            changes[entry.name] = values[entry.name]
+    return dataclasses.replace(config, **changes)
+
+
+def to_json(config: Config) -> dict[str, Any]:
+    """A flat, JSON-ready dict; `from_json` turns it back into an equal Config."""
+    return {name: str(value) if isinstance(value, Path) else value for name, value in flatten(config).items()}
+
+
+def from_json(values: Mapping[str, Any]) -> Config:
+    """The Config that `to_json` wrote.
+
+    Raises:
+      ConfigError: a field that does not exist, or a value of the wrong type.
+    """
+    config = override(Config(), {name: values[name] for name in OPTIONS if name in values})
+    hints = _hints(config)
+    for name in values:
+        if name not in hints:
+            raise ConfigError(unknown("option", name, hints))
+    return override(config, {name: _typed(name, value, hints[name]) for name, value in values.items()})
+
+
+def _hints(config: Any) -> dict[str, Any]:
+    hints = {}
+    for name, hint in typing.get_type_hints(type(config)).items():
+        value = getattr(config, name)
+        hints.update(_hints(value) if dataclasses.is_dataclass(value) else {name: hint})
+    return hints
+
+
+def _typed(name: str, value: Any, hint: Any) -> Any:
+    """The JSON value as the annotated type, or a ConfigError."""
+    options = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+    for option in options:
+        origin = typing.get_origin(option)
+        if option is type(None) and value is None:
+            return None
+        if option is Path and isinstance(value, str):
+            return Path(value)
+        if option is float and isinstance(value, int | float) and not isinstance(value, bool):
+            return float(value)
+        if option in (int, str, bool) and type(value) is option:
+            return value
+        if origin is Literal and value in typing.get_args(option):
+            return value
+        if origin is tuple and isinstance(value, list | tuple):
+            return tuple(value)
+        if origin is dict and isinstance(value, dict):
+            return dict(value)
+    raise ConfigError(f"{name}={value!r} is not of the type {hint}.")
+
+
+_POSITIVE = (
+    "num_inner_steps num_filters image_size num_ways num_shots num_queries num_eval_queries num_outer_steps "
+    "meta_batch_size reduction_chunk num_workers num_eval_steps log_every checkpoint_every num_val_episodes patience"
+).split()
+_NOT_NEGATIVE = "val_every num_test_episodes weight_decay max_failures seed".split()
+_POSITIVE_RATES = "inner_lr outer_lr clip_norm gpus_per_worker".split()
+
+
+def check(config: Config) -> None:
+    """Refuses what cannot work whatever the data are.
+
+    Raises:
+      ConfigError: the first field whose value is out of its range, and the range.
+    """
+    flat = flatten(config)
+    for name, value in flat.items():
+        if value is None or isinstance(value, bool | str):
+            continue
+        if name in _POSITIVE and value < 1:
+            raise ConfigError(f"{name}={value} must be 1 or more.")
+        if name in _NOT_NEGATIVE and not (value >= 0 and math.isfinite(value)):
+            raise ConfigError(f"{name}={value} must be 0 or more.")
+        if name in _POSITIVE_RATES and not (value > 0 and math.isfinite(value)):
+            raise ConfigError(f"{name}={value} must be greater than 0 and finite.")
+    if flat.get("num_ways", 2) < 2:
+        raise ConfigError("num_ways=1 leaves nothing to tell apart; it must be 2 or more.")
+    if not 0 <= config.outer.final_lr_fraction <= 1:
+        raise ConfigError(f"final_lr_fraction={config.outer.final_lr_fraction} must lie in [0, 1].")
+    if any(size < 1 for size in flat.get("hidden_sizes", ())):
+        raise ConfigError(f"hidden_sizes={flat['hidden_sizes']} must all be 1 or more.")
+    for selector, (table, _) in OPTIONS.items():
+        name = getattr(config, selector)
+        if not is_custom(name) and name not in table:
+            raise ConfigError(unknown(selector, name, table))
+    run_name = config.run.name
+    if run_name is not None and (not run_name.strip(".") or not all(c.isalnum() or c in "._-" for c in run_name)):
+        raise ConfigError(f"name={run_name!r} may hold only letters, digits, '.', '_' and '-', and not only dots.")
