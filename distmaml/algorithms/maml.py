@@ -1,0 +1,126 @@
+"""MAML, its first-order approximation, and ANIL.
+
+Finn, Abbeel, Levine (2017), "Model-Agnostic Meta-Learning for Fast Adaptation of Deep Networks",
+https://arxiv.org/abs/1703.03400.
+Raghu, Raghu, Bengio, Vinyals (2020), "Rapid Learning or Feature Reuse? Towards Understanding the Effectiveness of
+MAML", https://arxiv.org/abs/1909.09157.
+"""
+
+from typing import Any
+
+from torch import Tensor
+from torch.func import grad_and_value, vjp
+
+from distmaml.algorithms import Algorithm
+from distmaml.episodes import Batch, Episode, fold_in
+from distmaml.errors import ConfigError
+from distmaml.inner import LossFn, Metrics, Params, descend, pull_back, sgd
+from distmaml.objectives import Moment, Objective
+from distmaml.trees import Tree, tree_add
+
+
+def maml(objective: Objective, *, inner_lr: float, num_inner_steps: int) -> Algorithm:
+    """Exact second-order MAML: the gradient of the query loss at phi_K, with respect to theta."""
+    rule = sgd(inner_lr)
+
+    def adapt(theta: Params, support: Batch, num_steps: int | None = None, key: Tensor | None = None) -> list[Params]:
+        steps = num_inner_steps if num_steps is None else num_steps
+        return descend(_support_loss(objective, support, key), theta, rule=rule, num_steps=steps)
+
+    def meta_grad(theta: Params, episode: Episode, step: int) -> tuple[Params, Metrics]:
+        support_key, query_key = _split(episode.key)
+        loss_fn = _support_loss(objective, episode.support, support_key)
+        trajectory = descend(loss_fn, theta, rule=rule, num_steps=num_inner_steps)
+        query_grads, metrics = _query_grads(objective, trajectory[-1], episode.query, num_inner_steps, query_key)
+        cotangents = [*[None] * num_inner_steps, query_grads]
+        return pull_back(loss_fn, trajectory, cotangents, rule=rule).params, metrics
+
+    return Algorithm(lambda params, generator: params, adapt, _predictor(objective), meta_grad)
+
+
+def fomaml(objective: Objective, *, inner_lr: float, num_inner_steps: int) -> Algorithm:
+    """First-order MAML: the query gradient at phi_K itself, as if the Hessian in the adjoint were zero."""
+    second_order = maml(objective, inner_lr=inner_lr, num_inner_steps=num_inner_steps)
+
+    def meta_grad(theta: Params, episode: Episode, step: int) -> tuple[Params, Metrics]:
+        support_key, query_key = _split(episode.key)
+        phi = second_order.adapt(theta, episode.support, key=support_key)[-1]
+        return _query_grads(objective, phi, episode.query, num_inner_steps, query_key)
+
+    return second_order._replace(meta_grad=meta_grad)
+
+
+def anil(objective: Objective, *, inner_lr: float, num_inner_steps: int) -> Algorithm:
+    """MAML whose inner loop moves the head alone, on features that the body computes once.
+
+    The body costs one pass over support and one over query, forward and backward, whatever the number of inner
+    steps. The meta-gradient is exact for head and body: the features are the context of the inner loop.
+    """
+    rule = sgd(inner_lr)
+    prefix = objective.head + "."
+
+    def of_head(params: Params) -> Params:
+        return {name: p for name, p in params.items() if name.startswith(prefix)}
+
+    def head_loss(targets: Tensor, key: Tensor | None) -> LossFn:
+        def loss(head: Params, features: Tensor, k: int) -> Tensor:
+            return objective.loss(objective.apply_head(head, features, Moment(k, key)), targets)[0]
+
+        return loss
+
+    def adapt(theta: Params, support: Batch, num_steps: int | None = None, key: Tensor | None = None) -> list[Params]:
+        steps = num_inner_steps if num_steps is None else num_steps
+        features = objective.features(theta, support.inputs, Moment(0, key))
+        heads = descend(head_loss(support.targets, key), of_head(theta), rule=rule, num_steps=steps, context=features)
+        return [{**theta, **head} for head in heads]
+
+    def meta_grad(theta: Params, episode: Episode, step: int) -> tuple[Params, Metrics]:
+        support_key, query_key = _split(episode.key)
+        support = episode.support
+        body = {name: p for name, p in theta.items() if not name.startswith(prefix)}
+        if not body:
+            raise ConfigError(f"the head {objective.head!r} is the whole model, so anil is maml here: use maml.")
+
+        def of_body(body: Params) -> Tensor:
+            return objective.features({**theta, **body}, support.inputs, Moment(0, support_key))
+
+        features, pull_features = vjp(of_body, body)
+        loss_fn = head_loss(support.targets, support_key)
+        heads = descend(loss_fn, of_head(theta), rule=rule, num_steps=num_inner_steps, context=features)
+        phi = {**theta, **heads[-1]}
+        query_grads, metrics = _query_grads(objective, phi, episode.query, num_inner_steps, query_key)
+        cotangents = [*[None] * num_inner_steps, of_head(query_grads)]
+        back = pull_back(loss_fn, heads, cotangents, rule=rule, context=features)
+        through_features = pull_features(back.context)[0]
+        grads = {**tree_add({name: query_grads[name] for name in body}, through_features), **back.params}
+        return {name: grads[name] for name in theta}, metrics
+
+    return Algorithm(lambda params, generator: params, adapt, _predictor(objective), meta_grad)
+
+
+def _support_loss(objective: Objective, support: Batch, key: Tensor | None) -> LossFn:
+    def loss(params: Params, context: Tree, k: int) -> Tensor:
+        return objective.loss(objective.predict(params, support.inputs, Moment(k, key)), support.targets)[0]
+
+    return loss
+
+
+def _query_grads(
+    objective: Objective, phi: Params, query: Batch, inner_step: int, key: Tensor | None
+) -> tuple[Params, Metrics]:
+    """Gradient of the query loss at phi, and the training metrics."""
+
+    def loss(params: Params) -> tuple[Tensor, Metrics]:
+        return objective.loss(objective.predict(params, query.inputs, Moment(inner_step, key)), query.targets)
+
+    grads, (value, metrics) = grad_and_value(loss, has_aux=True)(phi)
+    return grads, {"query_loss": value, **{f"query_{name}": metric for name, metric in metrics.items()}}
+
+
+def _predictor(objective: Objective) -> Any:
+    return lambda theta, params, inputs: objective.predict(params, inputs, Moment(0, None))
+
+
+def _split(key: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+    """Streams of the support and of the query: a mask must not be shared between them."""
+    return (None, None) if key is None else (fold_in(key, 0), fold_in(key, 1))

@@ -1,0 +1,109 @@
+"""Raw files -> class store. A data set is one file with a `build` function and one line in the table DATASETS."""
+
+import hashlib
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Protocol
+
+from filelock import FileLock
+
+from distmaml.datasets import glyphs, image_folder, omniglot
+from distmaml.errors import ConfigError, DataError, unknown
+from distmaml.store import StoreInfo, disk_errors
+
+MAX_IMAGE_SIZE = 1024
+
+
+class Builder(Protocol):
+    """Writes the store of a data set at `path`; its errors are ConfigError and DataError."""
+
+    def __call__(
+        self, path: Path, *, data_dir: Path | None, image_size: int, color: bool, download_dir: Path
+    ) -> StoreInfo:
+        """Writes images of [3 if color else 1, image_size, image_size]; `download_dir` keeps what it downloads."""
+        ...
+
+
+DATASETS: dict[str, Builder] = {
+    "glyphs": glyphs.build,
+    "omniglot": omniglot.build,
+    "image_folder": image_folder.build,
+}
+
+_FIXED_CONTENT = ("glyphs", "omniglot")
+"""Data sets whose images do not depend on what lies in data_dir."""
+
+
+def ensure_store(
+    dataset: str,
+    *,
+    data_dir: Path | None,
+    image_size: int,
+    color: bool,
+    stores_dir: Path,
+    builder: Builder | None = None,
+    rebuild: bool = False,
+) -> Path:
+    """The path of a data set's store, which is built when it is missing, by one process at a time.
+
+    Pictures of one's own make a new store when `data_dir` or a name, size or time in it changes.
+
+    Args:
+      dataset: a name in DATASETS, or any name of a `builder`.
+      stores_dir: folder of the stores; downloads go to ``downloads`` beside it.
+      builder: builds the data set instead of the table's entry.
+      rebuild: build even if the store is there.
+
+    Raises:
+      ConfigError: an unknown data set, or options that it does not have.
+      DataError: raw files that cannot be used, a folder that cannot be written.
+    """
+    if builder is None:
+        if dataset not in DATASETS:
+            raise ConfigError(unknown("dataset", dataset, DATASETS))
+        builder = DATASETS[dataset]
+    if not 1 <= image_size <= MAX_IMAGE_SIZE:
+        raise ConfigError(f"image_size={image_size} must lie in [1, {MAX_IMAGE_SIZE}].")
+    path = stores_dir / _file_name(dataset, data_dir, image_size, color)
+    if path.exists() and not rebuild:
+        return path
+    with disk_errors(path):
+        stores_dir.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(path.with_suffix(".lock"))
+        lock.acquire()
+    try:
+        if rebuild or not path.exists():
+            download_dir = stores_dir.parent / "downloads"
+            builder(path, data_dir=data_dir, image_size=image_size, color=color, download_dir=download_dir)
+    finally:
+        lock.release()
+    return path
+
+
+def _file_name(dataset: str, data_dir: Path | None, image_size: int, color: bool) -> str:
+    words = [dataset.replace(":", "."), str(image_size)]
+    if color:
+        words.append("rgb")
+    if data_dir is not None and dataset not in _FIXED_CONTENT:
+        digest = hashlib.sha256(str(data_dir.absolute()).encode())
+        for line in _listing(data_dir):
+            digest.update(line.encode("utf-8", "surrogateescape"))
+        words.append(digest.hexdigest()[:12])
+    return "-".join(words) + ".arrow"
+
+
+def _listing(folder: Path) -> Iterator[str]:
+    """Name, size and time of the last change of every file below a folder, in a fixed order."""
+    try:
+        with os.scandir(folder) as scan:
+            entries = sorted(scan, key=lambda entry: entry.name)
+        for entry in entries:
+            if entry.is_dir():
+                yield f"{entry.name}/\n"
+                yield from _listing(Path(entry.path))
+            else:
+                status = entry.stat()
+                yield f"{entry.name}\0{status.st_size}\0{status.st_mtime_ns}\n"
+    except OSError as error:
+        raise DataError(f"cannot list {folder}: {error.strerror or error}. Check --data-dir.") from error

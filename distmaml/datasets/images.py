@@ -1,0 +1,75 @@
+"""Reading one picture: any file that Pillow opens, as a uint8 array of the size and the channels that a store has.
+
+The same function reads the raw files of a data set and, later, the pictures that a user hands to a trained model, so
+both see the same pixels.
+"""
+
+from pathlib import Path
+from typing import BinaryIO
+
+import numpy as np
+import numpy.typing as npt
+from PIL import Image, ImageOps
+
+from distmaml.errors import DataError
+
+SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff"})
+MAX_PIXELS = 80_000_000
+"""Larger pictures are refused: a file of a few kilobytes can claim gigabytes of pixels."""
+
+
+def read_image(
+    source: Path | BinaryIO, *, image_size: int, color: bool, ink: bool, name: str | None = None
+) -> npt.NDArray[np.uint8]:
+    """Reads a picture as uint8 [channels, image_size, image_size], 3 channels with `color`, else 1.
+
+    Transparent pixels lie on white; EXIF orientation is honoured; of an animation the first frame is taken; 16-bit
+    values are divided by 257. The picture is resized to a square without keeping its aspect ratio, averaging over
+    all its pixels (Lanczos).
+
+    Args:
+      ink: the picture is dark ink on light paper; the result has ink 255 on paper 0.
+      name: what an error calls the picture; by default its path.
+
+    Raises:
+      DataError: a picture that is missing, broken, of an unknown kind or of more than MAX_PIXELS pixels.
+    """
+    name = name or str(source if isinstance(source, Path) else getattr(source, "name", "the picture"))
+    # Pillow's decoders raise almost anything on a broken file (OSError, SyntaxError, struct.error, IndexError...).
+    try:
+        with Image.open(source) as opened:
+            width, height = opened.size
+            if width * height > MAX_PIXELS:
+                raise DataError(f"{name} has {width} x {height} pixels; at most {MAX_PIXELS} are read. Shrink it.")
+            # Lets a JPEG decode at an eighth to a half of its size while that is at least twice the wanted one.
+            opened.draft(None, (2 * image_size, 2 * image_size))
+            opened.load()
+            picture = _on_white(ImageOps.exif_transpose(opened), name).convert("RGB" if color else "L")
+            picture = picture.resize((image_size, image_size), Image.Resampling.LANCZOS)
+    except DataError:
+        raise
+    except Exception as error:
+        reason = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
+        raise DataError(
+            f"{name} cannot be read as a picture ({reason}). Known kinds: {', '.join(sorted(SUFFIXES))}."
+        ) from error
+    pixels = np.asarray(picture, dtype=np.uint8)
+    pixels = np.moveaxis(pixels, 2, 0) if color else pixels[None]
+    return np.ascontiguousarray(255 - pixels if ink else pixels)
+
+
+def _on_white(picture: Image.Image, name: str) -> Image.Image:
+    """The picture as 8-bit grey or RGB."""
+    if picture.mode.startswith("I"):
+        values = np.asarray(picture).astype(np.int64)
+        if values.min() < 0 or values.max() > 65535:
+            raise DataError(
+                f"{name} has pixels of {values.min()} to {values.max()}; 8 and 16 bits are read. Convert it."
+            )
+        return Image.fromarray((values // 257).astype(np.uint8))
+    if picture.mode == "F":
+        raise DataError(f"{name} has floating-point pixels, whose range is not known. Convert it to 8 or 16 bits.")
+    if picture.has_transparency_data:
+        rgba = picture.convert("RGBA")
+        return Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba).convert("RGB")
+    return picture if picture.mode in ("1", "L", "RGB") else picture.convert("RGB")

@@ -1,0 +1,193 @@
+"""From a module to an Objective: what a model predicts with given parameters, and how wrong that is.
+
+Any differentiable module will do. What pure functions need of it is arranged here: parameters come in as
+arguments, random masks come from the episode's key, and modules that keep state between calls are refused.
+"""
+
+import copy
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.func import functional_call
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from distmaml.episodes import fold_in
+from distmaml.errors import ConfigError
+from distmaml.inner import Metrics, Params
+from distmaml.trees import Tree
+
+
+class Moment(NamedTuple):
+    """Where in the inner loop a forward pass stands.
+
+    Attributes:
+      inner_step: k, for the parameters phi_k.
+      key: the random stream of this pass's half of the episode (support or query); None: nothing random happens,
+        dropout is off.
+    """
+
+    inner_step: int
+    key: Tensor | None
+
+
+class Objective(NamedTuple):
+    """A model seen as pure functions of its parameters, and its loss.
+
+    Attributes:
+      predict: ``(params, inputs, moment) -> outputs``: logits, values.
+      loss: ``(outputs, targets) -> (scalar mean loss, metrics)``.
+      features: ``(params, inputs, moment) -> what the head gets``, for algorithms that treat the head apart.
+      apply_head: ``(params, features, moment) -> outputs``; ``predict`` is one after the other.
+      head: name of the last layer; its parameters start with ``head + "."``.
+      metrics: names of the metrics that `loss` returns beside the loss.
+    """
+
+    predict: Callable[[Params, Tree, Moment], Any]
+    loss: Callable[[Any, Any], tuple[Tensor, Metrics]]
+    features: Callable[[Params, Tree, Moment], Tensor]
+    apply_head: Callable[[Params, Tensor, Moment], Any]
+    head: str
+    metrics: tuple[str, ...]
+
+
+def classification(model: nn.Module, *, head: str | None = None) -> Objective:
+    """Mean cross-entropy over logits ``[num_samples, num_ways]`` and labels ``[num_samples]``; metric: accuracy."""
+
+    def loss(logits: Tensor, labels: Tensor) -> tuple[Tensor, Metrics]:
+        correct = (logits.argmax(-1) == labels).to(logits.dtype)
+        return F.cross_entropy(logits, labels), {"accuracy": correct.mean()}
+
+    return objective(model, loss, metrics=("accuracy",), head=head)
+
+
+def regression(model: nn.Module, *, head: str | None = None) -> Objective:
+    """Mean squared error over values ``[num_samples, *]`` and targets of the same shape."""
+
+    def loss(values: Tensor, targets: Tensor) -> tuple[Tensor, Metrics]:
+        if values.shape != targets.shape:
+            raise ConfigError(f"the model returns {list(values.shape)} for targets {list(targets.shape)}; "
+                              "broadcasting them would average unrelated pairs. Make the shapes equal.")  # fmt: skip
+        return (values - targets).square().mean(), {}  # F.mse_loss has no forward derivative
+
+    return objective(model, loss, metrics=(), head=head)
+
+
+def objective(
+    model: nn.Module,
+    loss: Callable[[Any, Any], tuple[Tensor, Metrics]],
+    *,
+    metrics: tuple[str, ...] = (),
+    head: str | None = None,
+) -> Objective:
+    """An Objective from any module and any loss.
+
+    Args:
+      model: called with the inputs (a tensor, or a tuple as positional arguments); its own parameters are not used.
+      loss: ``(outputs, targets) -> (scalar, metrics)``, a mean over samples.
+      metrics: names of those metrics.
+      head: name of the submodule that comes last; the last one with parameters by default.
+
+    Raises:
+      ConfigError: the module keeps running statistics, or has no parameters, or no submodule named `head`.
+    """
+    _refuse_running_statistics(model)
+    training, deterministic = copy.deepcopy(model).train(), copy.deepcopy(model).eval()
+    head = head if head is not None else _last_layer(model)
+    if not any(name.startswith(head + ".") for name, _ in model.named_parameters()):
+        raise ConfigError(f"head={head!r} names no submodule with parameters; there are "
+                          f"{', '.join(name for name, _ in model.named_children()) or 'none'}.")  # fmt: skip
+    recurrent_on_gpu = any(isinstance(m, nn.RNNBase) and next(m.parameters()).is_cuda for m in model.modules())
+
+    def call(params: Params, arguments: tuple[Any, ...], moment: Moment, submodule: str = "") -> Any:
+        module = deterministic if moment.key is None else training
+        with ExitStack() as stack:
+            stack.enter_context(sdpa_kernel(SDPBackend.MATH))  # the fused kernels have no second derivative
+            if recurrent_on_gpu:  # nor have cuDNN's recurrent cells
+                stack.enter_context(torch.backends.cudnn.flags(enabled=False))
+            if moment.key is not None:
+                stack.enter_context(_seeded(moment.key, moment.inner_step))
+            if submodule:
+                prefix = submodule + "."
+                params = {name.removeprefix(prefix): p for name, p in params.items() if name.startswith(prefix)}
+                module = module.get_submodule(submodule)
+            return functional_call(module, params, arguments)
+
+    def predict(params: Params, inputs: Tree, moment: Moment) -> Any:
+        return call(params, _arguments(inputs), moment)
+
+    def features(params: Params, inputs: Tree, moment: Moment) -> Tensor:
+        seen: list[tuple[Any, Any]] = []
+        module = deterministic if moment.key is None else training
+        hook = module.get_submodule(head).register_forward_hook(lambda _, args, output: seen.append((args, output)))
+        try:
+            outputs = call(params, _arguments(inputs), moment)
+        finally:
+            hook.remove()
+        if len(seen) != 1 or len(seen[0][0]) != 1 or seen[0][1] is not outputs:
+            raise ConfigError(
+                f"{type(model).__name__}.forward does not end in its head {head!r}, so head and body cannot be treated "
+                "apart. Return what the head returns, or name the right head."
+            )
+        found: Tensor = seen[0][0][0]
+        return found
+
+    def apply_head(params: Params, features: Tensor, moment: Moment) -> Any:
+        return call(params, (features,), moment, head)
+
+    return Objective(predict, loss, features, apply_head, head, metrics)
+
+
+def initial_params(model: nn.Module) -> Params:
+    """A copy of the module's parameters, the theta of step 0."""
+    return {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+
+
+def _arguments(inputs: Tree) -> tuple[Any, ...]:
+    return inputs if isinstance(inputs, tuple) else (inputs,)
+
+
+def _last_layer(model: nn.Module) -> str:
+    names = [name for name, module in model.named_modules() if name and any(True for _ in module.parameters(recurse=False))]
+    if not names:
+        if any(True for _ in model.parameters()):
+            raise ConfigError(f"{type(model).__name__} has its parameters in one piece, so its head cannot be told from its "
+                              "body. Wrap it: nn.Sequential(model).")  # fmt: skip
+        raise ConfigError(f"{type(model).__name__} has no parameters, so there is nothing to learn.")
+    return names[-1]
+
+
+def _refuse_running_statistics(model: nn.Module) -> None:
+    for name, module in model.named_modules():
+        if getattr(module, "running_mean", None) is not None:
+            kind = type(module).__name__
+            raise ConfigError(
+                f"{name} is a {kind} with running statistics. They would carry information from task to task and the "
+                f"meta-gradient would not be that of the loss. Write {kind}(..., track_running_stats=False) instead."
+            )
+
+
+@contextmanager
+def _seeded(key: Tensor, inner_step: int) -> Iterator[None]:
+    """Random operators inside draw from (key, inner_step): the same mask wherever the adjoint recomputes.
+
+    Under vmap the key has no value to seed with. There vmap itself refuses random operators, and the engine
+    steps down to a loop over tasks.
+    """
+    try:
+        seed = int(fold_in(key, inner_step))
+    except RuntimeError:
+        yield
+        return
+    # The generators themselves: torch.random.fork_rng costs 2 ms a pass, as much as the pass of a small network.
+    on_gpu = key.device.type == "cuda"
+    generator = torch.cuda.default_generators[key.device.index or 0] if on_gpu else torch.default_generator
+    state = generator.get_state()
+    generator.manual_seed(seed)
+    try:
+        yield
+    finally:
+        generator.set_state(state)

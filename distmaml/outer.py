@@ -1,0 +1,204 @@
+"""The outer loop's arithmetic: a meta-gradient over many tasks, and the step along it.
+
+Knows no processes: what several workers computed is added in `collectives.py`.
+"""
+
+import logging
+import math
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor
+from torch.func import vmap
+
+from distmaml.algorithms import Algorithm, MetaParams
+from distmaml.config import Outer
+from distmaml.episodes import TaskBatch
+from distmaml.inner import HvpMode, Metrics, hvp_mode
+from distmaml.trees import Tree, tree_add, tree_index, tree_leaves, tree_map, tree_names, tree_unflatten
+
+log = logging.getLogger("distmaml")
+
+
+class Engine(NamedTuple):
+    """How a chunk of tasks is computed. All engines give the same gradient up to rounding."""
+
+    vectorize: bool
+    hvp: HvpMode
+
+    def __str__(self) -> str:
+        tasks = "tasks side by side (vmap)" if self.vectorize else "one task after the other"
+        return f"{tasks}, {self.hvp} over reverse"
+
+
+ENGINES = (Engine(True, "forward"), Engine(True, "reverse"), Engine(False, "forward"), Engine(False, "reverse"))
+"""From the fastest to the one that asks least of a module's operators."""
+
+# Which engine an algorithm's module got along with, so that the others are tried once and not at every step.
+_engines: WeakKeyDictionary[Any, Engine] = WeakKeyDictionary()
+
+
+def meta_gradient(
+    algorithm: Algorithm, meta_params: MetaParams, tasks: TaskBatch, step: int, *, chunk_size: int | None = None
+) -> tuple[MetaParams, Metrics]:
+    """Mean meta-gradient and metrics over tasks.
+
+    Args:
+      algorithm: from ``maml(...)`` or a sibling.
+      meta_params: as `algorithm.init` made them.
+      tasks: leaves ``[num_tasks, ...]``.
+      step: outer step, for algorithms whose gradient changes over training.
+      chunk_size: tasks computed together, which bounds the memory; all by default.
+
+    Returns:
+      The mean gradient, shaped like `meta_params`, and the mean of each metric.
+    """
+    num_tasks = len(tree_leaves(tasks)[0])
+    size = num_tasks if chunk_size is None else chunk_size
+    total: tuple[MetaParams, Metrics] | None = None
+    for start in range(0, num_tasks, size):
+        part = chunk_sum(algorithm, meta_params, tree_index(tasks, slice(start, start + size)), step)
+        total = part if total is None else tree_add(total, part)
+    mean: tuple[MetaParams, Metrics] = tree_map(lambda leaf: leaf / num_tasks, total)
+    return mean
+
+
+def chunk_sum(
+    algorithm: Algorithm, meta_params: MetaParams, tasks: TaskBatch, step: int, *, vectorize: bool = True
+) -> tuple[MetaParams, Metrics]:
+    """Sum of meta-gradients and metrics over the tasks of one chunk.
+
+    Some torch operators have no batching rule or no forward derivative. Then the engine steps down to the next
+    of `ENGINES`, says so once in the log, and stays there; the gradient is exact on every one.
+
+    Args:
+      vectorize: False keeps to one task after the other, which is faster for convolutions on a CPU.
+    """
+    known = _engines.get(algorithm.meta_grad)
+    candidates = [e for e in ENGINES if vectorize or not e.vectorize] if known is None else [known]
+    refusals: list[tuple[Engine, Exception]] = []
+    for engine in candidates:
+        try:
+            with torch.no_grad(), hvp_mode(engine.hvp):
+                compute = _side_by_side if engine.vectorize else _one_by_one
+                result = compute(algorithm, meta_params, tasks, step)
+        except torch.OutOfMemoryError:
+            raise
+        except (RuntimeError, NotImplementedError) as error:
+            refusals.append((engine, error))
+            continue
+        if known is None:
+            _engines[algorithm.meta_grad] = engine
+            if refusals:
+                reasons = "; ".join(f"not {tried}: {str(error).splitlines()[0][:160]}" for tried, error in refusals)
+                log.warning("Computing %s (%s).", engine, reasons)
+        return result
+    raise refusals[-1][1]
+
+
+def _side_by_side(algorithm: Algorithm, meta_params: MetaParams, tasks: TaskBatch, step: int) -> tuple[Tree, Metrics]:
+    in_dims = (None, tree_map(lambda leaf: None if leaf is None else 0, tasks), None)
+    per_task = vmap(algorithm.meta_grad, in_dims=in_dims)(meta_params, tasks, step)
+    summed: tuple[Tree, Metrics] = tree_map(lambda leaf: leaf.sum(0), per_task)
+    return summed
+
+
+def _one_by_one(algorithm: Algorithm, meta_params: MetaParams, tasks: TaskBatch, step: int) -> tuple[Tree, Metrics]:
+    total: tuple[Tree, Metrics] | None = None
+    for index in range(len(tree_leaves(tasks)[0])):
+        one = algorithm.meta_grad(meta_params, tree_index(tasks, index), step)
+        total = one if total is None else tree_add(total, one)
+    assert total is not None
+    return total
+
+
+# --------------------------------------------------------------------------------------------- the step
+
+
+class OuterState(NamedTuple):
+    """What an outer step changes.
+
+    Attributes:
+      meta_params: learned; updated in place.
+      optimizer: torch's, over the leaves of `meta_params`.
+    """
+
+    meta_params: MetaParams
+    optimizer: torch.optim.Optimizer
+
+
+def init_outer(meta_params: MetaParams, options: Outer) -> OuterState:
+    """The state before the first outer step."""
+    leaves = [leaf.detach().clone() for leaf in tree_leaves(meta_params)]
+    groups: dict[str, Any] = {"lr": options.outer_lr, "weight_decay": options.weight_decay}
+    optimizer: torch.optim.Optimizer
+    if options.optimizer == "sgd":
+        optimizer = torch.optim.SGD(leaves, **groups)
+    else:
+        kind = torch.optim.AdamW if options.optimizer == "adamw" else torch.optim.Adam
+        optimizer = kind(leaves, **groups)
+    return OuterState(tree_unflatten(meta_params, leaves), optimizer)
+
+
+def outer_step(state: OuterState, meta_grads: MetaParams, step: int, options: Outer) -> Tensor:
+    """One step of the outer optimiser; returns the norm of the meta-gradient before clipping.
+
+    Learning rate and clipping are functions of `step` and the gradient alone, so they have no state to restore.
+    """
+    grads = tree_leaves(meta_grads)
+    norm = torch.nn.utils.get_total_norm(grads)
+    leaves = tree_leaves(state.meta_params)
+    for leaf, gradient in zip(leaves, grads, strict=True):
+        leaf.grad = gradient
+    if options.clip_norm is not None:
+        torch.nn.utils.clip_grads_with_norm_(leaves, options.clip_norm, norm)
+    for group in state.optimizer.param_groups:
+        group["lr"] = learning_rate(step, options)
+    state.optimizer.step()
+    state.optimizer.zero_grad()
+    return norm
+
+
+def learning_rate(step: int, options: Outer) -> float:
+    """The outer learning rate of one step: constant, or falling from `outer_lr` to `final_lr_fraction` of it.
+
+    The cosine is that of Loshchilov and Hutter (2017), https://arxiv.org/abs/1608.03983, without restarts.
+    """
+    progress = min(step / max(options.num_outer_steps - 1, 1), 1.0)
+    remaining = {"constant": 1.0, "linear": 1.0 - progress, "cosine": 0.5 * (1.0 + math.cos(math.pi * progress))}
+    floor = 1.0 if options.schedule == "constant" else options.final_lr_fraction
+    return options.outer_lr * (floor + (1.0 - floor) * remaining[options.schedule])
+
+
+def named_state(state: OuterState) -> dict[str, Tensor]:
+    """Everything that a checkpoint must hold, by name; the tensors themselves, not copies."""
+    return dict(_entries(state))
+
+
+def _entries(state: OuterState) -> Iterator[tuple[str, Tensor]]:
+    names = tree_names(state.meta_params)
+    for name, leaf in zip(names, tree_leaves(state.meta_params), strict=True):
+        yield f"meta_params/{name}", leaf
+        for key, value in state.optimizer.state.get(leaf, {}).items():
+            yield f"optimizer/{key}/{name}", torch.as_tensor(value)
+
+
+def load_named_state(state: OuterState, tensors: dict[str, Tensor]) -> None:
+    """Puts what `named_state` gave back, in place."""
+    optimizer_state: dict[int, dict[str, Tensor]] = {}
+    with torch.no_grad():
+        for index, (name, leaf) in enumerate(
+            zip(tree_names(state.meta_params), tree_leaves(state.meta_params), strict=True)
+        ):
+            leaf.copy_(tensors[f"meta_params/{name}"])
+            entries = {
+                key.split("/")[1]: value
+                for key, value in tensors.items()
+                if key.startswith("optimizer/") and key.split("/", 2)[2] == name
+            }
+            if entries:
+                optimizer_state[index] = entries
+    groups = state.optimizer.state_dict()["param_groups"]
+    state.optimizer.load_state_dict({"state": optimizer_state, "param_groups": groups})

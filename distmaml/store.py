@@ -1,0 +1,493 @@
+"""A class store: labelled uint8 images in one Arrow IPC file, written once and then memory-mapped.
+
+The file holds a single record batch with a single column ``image`` of the type
+``fixed_shape_tensor<uint8, [channels, height, width]>``, so all images are one contiguous piece of the file that
+numpy views without a copy; every process of a machine shares its pages. Rows are sorted by class: the images of
+class ``c`` are the rows ``offsets[c]`` to ``offsets[c + 1]``. What the rows mean is one JSON object in the schema's
+metadata, under the key ``distmaml``.
+
+A store knows classes and splits; it knows nothing of episodes, data sets or torch.
+
+Format: https://arrow.apache.org/docs/format/Columnar.html#ipc-file-format
+"""
+
+import contextlib
+import hashlib
+import itertools
+import json
+import math
+import os
+import tempfile
+import uuid
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO, NamedTuple
+from urllib.parse import urlsplit
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.fs
+from filelock import FileLock
+
+from distmaml.errors import DataError, unknown
+
+FORMAT_VERSION = 1
+SPLITS = ("train", "val", "test")
+SAMPLES = "samples"
+"""The scheme that every store offers without storing it: all classes in each split, their rows divided."""
+
+_METADATA_KEY = b"distmaml"
+_MAGIC = b"ARROW1"
+_REBUILD = "Rebuild it with jobs/build_store.py."
+
+
+class ClassRows(NamedTuple):
+    """A class and those of its rows that belong to a split."""
+
+    name: str
+    rows: npt.NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class StoreInfo:
+    """What a store says of itself."""
+
+    name: str
+    """Name of the data set."""
+    source: str
+    """Where the raw files come from."""
+    licence: str
+    """Licence of the images."""
+    image_shape: tuple[int, int, int]
+    """(channels, height, width)."""
+    class_names: tuple[str, ...]
+    """Distinct names, in the order of the rows."""
+    offsets: tuple[int, ...]
+    """First row of each class, and the number of rows at the end."""
+    splits: Mapping[str, Mapping[str, tuple[str, ...]]]
+    """For each stored scheme, the class names in train, val and test."""
+    content_hash: str
+    """sha256 over the shape, the class names and the images."""
+    ink: bool
+    """Drawings with ink 255 on paper 0; otherwise natural brightness."""
+
+
+@dataclass(frozen=True, eq=False)
+class ClassStore:
+    """An open store. The memory map lives as long as any view of `images`."""
+
+    info: StoreInfo
+    """What the store says of itself."""
+    images: npt.NDArray[np.uint8]
+    """[num_rows, channels, height, width], a read-only view of the file."""
+
+    def classes(self, scheme: str, split: str) -> list[ClassRows]:
+        """The classes of a split, in the order of the store, with their rows in that split.
+
+        The scheme ``samples`` has every class in each split and divides the class's rows 60/20/20 (at least one
+        each) in an order drawn from the class's name.
+
+        Raises:
+          DataError: a scheme or a split that does not exist, or ``samples`` of a class with fewer than 3 images.
+        """
+        info = self.info
+        if split not in SPLITS:
+            raise DataError(unknown("split", split, SPLITS))
+        if scheme == SAMPLES:
+            return [ClassRows(name, rows[SPLITS.index(split)]) for name, rows in self._sample_rows()]
+        if scheme not in info.splits:
+            if not info.splits:
+                raise DataError(
+                    f"unknown split scheme {scheme!r}: the {len(info.class_names)} classes of {info.name} are too few "
+                    "to divide. Divide their images with --split-by samples."
+                )
+            raise DataError(unknown("split scheme", scheme, [*info.splits, SAMPLES]))
+        wanted = set(info.splits[scheme][split])
+        ranges = zip(info.class_names, itertools.pairwise(info.offsets), strict=True)
+        return [ClassRows(name, np.arange(*rows, dtype=np.int64)) for name, rows in ranges if name in wanted]
+
+    def split_hash(self, scheme: str) -> str:
+        """sha256 of which classes (for ``samples``: which rows of which class) a scheme puts in which split.
+
+        Raises:
+          DataError: as `classes`.
+        """
+        members = {
+            split: [
+                [name, rows.tolist()] if scheme == SAMPLES else name
+                for name, rows in sorted(self.classes(scheme, split), key=lambda entry: entry.name)
+            ]
+            for split in SPLITS
+        }
+        return hashlib.sha256(_canonical(members)).hexdigest()
+
+    def verify(self) -> None:
+        """Reads every image and compares with the content hash.
+
+        Raises:
+          DataError: the images or the class names are not those that were written.
+        """
+        digest = _content_digest(self.info.image_shape, self.info.ink)
+        for name, (start, end) in zip(self.info.class_names, itertools.pairwise(self.info.offsets), strict=True):
+            _add_class(digest, name, self.images[start:end])
+        if digest.hexdigest() != self.info.content_hash:
+            raise DataError(
+                f"the store of {self.info.name} is damaged: its content hash is {digest.hexdigest()[:12]}, written was "
+                f"{self.info.content_hash[:12]}. {_REBUILD}"
+            )
+
+    def _sample_rows(self) -> Iterator[tuple[str, list[npt.NDArray[np.int64]]]]:
+        for name, (start, end) in zip(self.info.class_names, itertools.pairwise(self.info.offsets), strict=True):
+            count = end - start
+            if count < len(SPLITS):
+                raise DataError(
+                    f"class {name!r} of {self.info.name} has {count} images; split by samples needs 3 or more a class."
+                )
+            order = [int(index) for index in hash_order(f"distmaml-samples:{name}", map(str, range(count)))]
+            held_out = max(1, count // 5)
+            bounds = [0, count - 2 * held_out, count - held_out, count]
+            rows = [np.sort(np.array(order[a:b], dtype=np.int64)) + start for a, b in itertools.pairwise(bounds)]
+            yield name, rows
+
+
+def hash_order(salt: str, names: Iterable[str]) -> list[str]:
+    """The names sorted by the sha256 of ``salt:name``: a permutation that depends on no library's generator."""
+    return sorted(names, key=lambda name: hashlib.sha256(f"{salt}:{name}".encode()).digest())
+
+
+# --------------------------------------------------------------------------------------------- writing
+
+
+def write_store(
+    path: Path,
+    *,
+    name: str,
+    source: str,
+    licence: str,
+    image_shape: tuple[int, int, int],
+    ink: bool,
+    classes: Iterable[tuple[str, npt.NDArray[np.uint8]]],
+    splits: Mapping[str, Mapping[str, Sequence[str]]],
+) -> StoreInfo:
+    """Writes a store atomically: `path` is the whole store or what it was before.
+
+    Args:
+      path: the file to write; its folder is made.
+      classes: name and images [num_images, *image_shape] of each class, consumed one at a time. Memory is needed for
+        one class, disk for twice the store.
+      splits: for each scheme, the class names in train, val and test.
+
+    Raises:
+      DataError: no class, an empty class or a wrong array; a split that names an unknown class or shares one with
+        another; a folder that is full or cannot be written.
+    """
+    digest = _content_digest(image_shape, ink)
+    names: list[str] = []
+    offsets = [0]
+    # The metadata stand before the images in the file but are known after them, so the images wait in a nameless file.
+    with contextlib.ExitStack() as stack:
+        with disk_errors(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            waiting = stack.enter_context(tempfile.TemporaryFile(dir=path.parent))
+        for class_name, images in classes:
+            if images.dtype != np.uint8 or images.shape[1:] != image_shape or images.ndim != 4:
+                raise DataError(
+                    f"class {class_name!r} of {name} is {images.dtype} {images.shape}, not uint8 [n, *{image_shape}]."
+                )
+            if not len(images):
+                raise DataError(f"class {class_name!r} of {name} has no images; every class needs at least one.")
+            images = np.ascontiguousarray(images)
+            _add_class(digest, class_name, images)
+            with disk_errors(path):
+                waiting.write(images.data)
+            names.append(class_name)
+            offsets.append(offsets[-1] + len(images))
+        info = StoreInfo(
+            name=name,
+            source=source,
+            licence=licence,
+            image_shape=image_shape,
+            class_names=tuple(names),
+            offsets=tuple(offsets),
+            splits={scheme: {s: tuple(members) for s, members in parts.items()} for scheme, parts in splits.items()},
+            content_hash=digest.hexdigest(),
+            ink=ink,
+        )
+        _check_info(info)
+        with disk_errors(path):
+            waiting.flush()
+            with atomic_file(path) as file:
+                _write_arrow(file, info, np.memmap(waiting, dtype=np.uint8, mode="r"))
+    return info
+
+
+def _write_arrow(file: BinaryIO, info: StoreInfo, pixels: npt.NDArray[np.uint8]) -> None:
+    metadata = {"format_version": FORMAT_VERSION, **vars(info)}
+    schema = _schema(info.image_shape).with_metadata({_METADATA_KEY: _canonical(metadata)})
+    values = pa.Array.from_buffers(pa.uint8(), len(pixels), [None, pa.py_buffer(pixels)])
+    storage = pa.FixedSizeListArray.from_arrays(values, math.prod(info.image_shape))
+    column = pa.ExtensionArray.from_storage(schema.field(0).type, storage)
+    # A second batch would cut the images in two; one batch of more than 2 GiB needs 64-bit lengths.
+    with pa.ipc.new_file(file, schema, options=pa.ipc.IpcWriteOptions(allow_64bit=True)) as writer:
+        writer.write_batch(pa.record_batch([column], schema=schema))
+
+
+def _schema(image_shape: tuple[int, int, int]) -> Any:
+    return pa.schema([pa.field("image", pa.fixed_shape_tensor(pa.uint8(), image_shape), nullable=False)])
+
+
+def _canonical(value: Any) -> bytes:
+    return json.dumps(value, sort_keys=True, separators=(",", ":")).encode()
+
+
+def _content_digest(image_shape: tuple[int, int, int], ink: bool) -> "hashlib._Hash":
+    return hashlib.sha256(_canonical([list(image_shape), ink]))
+
+
+def _add_class(digest: "hashlib._Hash", name: str, images: npt.NDArray[np.uint8]) -> None:
+    digest.update(_canonical([name, len(images)]))
+    digest.update(images.data)
+
+
+@contextlib.contextmanager
+def atomic_file(path: Path) -> Iterator[BinaryIO]:
+    """A file to write that becomes `path` when the block ends, and vanishes when the block fails.
+
+    Not `tempfile`, whose files nobody else could read: a store is shared.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f".{path.name}.{uuid.uuid4().hex}.part")
+    try:
+        with part.open("xb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(part, path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            part.unlink()
+        raise
+
+
+@contextlib.contextmanager
+def disk_errors(path: Path) -> Iterator[None]:
+    """Turns an OSError of writing `path` into a DataError with the way out."""
+    try:
+        yield
+    except OSError as error:
+        raise DataError(
+            f"cannot write {path}: {error.strerror or error}. Make room or choose another folder with --output-dir."
+        ) from error
+
+
+# --------------------------------------------------------------------------------------------- reading
+
+
+def open_store(uri: str | Path, *, cache_dir: Path | None = None) -> ClassStore:
+    """Opens a store by memory map.
+
+    A path is mapped in place. A URI of any Arrow file system (s3://, gs://, and file:// for a network mount) is first
+    copied to this machine, once for all its processes, under a name made of the URI, the size and the time of the
+    last change.
+
+    Args:
+      cache_dir: folder of the copies; default $XDG_CACHE_HOME/distmaml, else ~/.cache/distmaml.
+
+    Raises:
+      DataError: a file that is missing, truncated, of another format version or no store at all; a URI that cannot
+        be read; a cache_dir that cannot be written.
+    """
+    path = _local_copy(uri, cache_dir) if isinstance(uri, str) and "://" in uri else Path(uri)
+    try:
+        _check_frame(path)
+        reader = pa.ipc.open_file(pa.memory_map(str(path)))
+        info = _parse_info(reader.schema.metadata or {})
+        return ClassStore(info, _view_images(reader, info))
+    except FileNotFoundError as error:
+        raise DataError(f"no store at {path}. Build it with jobs/build_store.py.") from error
+    # SystemError: what pyarrow 25 makes of extension metadata that are not UTF-8.
+    except (OSError, pa.ArrowException, SystemError) as error:
+        raise DataError(f"{path} cannot be read as a store: {_first_line(error)}. {_REBUILD}") from error
+    except DataError as error:
+        raise DataError(f"{path} is not a store that can be used: {error} {_REBUILD}") from error
+
+
+def _check_frame(path: Path) -> None:
+    """Magic bytes and footer length, before Arrow follows any pointer of a file that may be cut off."""
+    with path.open("rb") as file:
+        head = file.read(len(_MAGIC))
+        size = file.seek(0, os.SEEK_END)
+        if head != _MAGIC or size < 2 * len(_MAGIC) + 6:
+            raise DataError("it is not an Arrow file.")
+        file.seek(size - len(_MAGIC) - 4)
+        footer_length, tail = int.from_bytes(file.read(4), "little", signed=True), file.read()
+    if tail != _MAGIC or not 0 < footer_length <= size - 2 * len(_MAGIC) - 6:
+        raise DataError(f"it is truncated (it ends after {size} bytes without a footer).")
+
+
+def _view_images(reader: Any, info: StoreInfo) -> npt.NDArray[np.uint8]:
+    if reader.num_record_batches != 1 or reader.schema != _schema(info.image_shape):
+        raise DataError(f"it is not one batch of the uint8 images {info.image_shape} that its metadata say.")
+    storage = reader.get_batch(0).column(0).storage
+    num_bytes = info.offsets[-1] * math.prod(info.image_shape)
+    values = storage.values
+    buffer = values.buffers()[1]
+    if len(storage) != info.offsets[-1] or len(values) != num_bytes or buffer is None or buffer.size < num_bytes:
+        raise DataError(f"it holds {len(storage)} images, its metadata say {info.offsets[-1]}.")
+    if storage.null_count or values.null_count:
+        raise DataError("it holds images that are null.")
+    images: npt.NDArray[np.uint8] = np.frombuffer(buffer, dtype=np.uint8, count=num_bytes)
+    return images.reshape(-1, *info.image_shape)
+
+
+def _parse_info(metadata: Mapping[bytes, bytes]) -> StoreInfo:
+    if _METADATA_KEY not in metadata:
+        raise DataError("it has no distmaml metadata.")
+    try:
+        values = json.loads(metadata[_METADATA_KEY])
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"its metadata are not JSON: {_first_line(error)}.") from error
+    if not isinstance(values, dict):
+        raise DataError("its metadata are not a JSON object.")
+    version = values.pop("format_version", None)
+    if version != FORMAT_VERSION or isinstance(version, bool):
+        raise DataError(f"it has format version {version!r}, this distmaml reads {FORMAT_VERSION}.")
+    for key, (described, holds) in _FIELDS.items():
+        if key not in values or not holds(values[key]):
+            raise DataError(f"its metadata field {key!r} must be {described}.")
+    info = StoreInfo(
+        name=values["name"],
+        source=values["source"],
+        licence=values["licence"],
+        image_shape=(values["image_shape"][0], values["image_shape"][1], values["image_shape"][2]),
+        class_names=tuple(values["class_names"]),
+        offsets=tuple(values["offsets"]),
+        splits={scheme: {s: tuple(names) for s, names in parts.items()} for scheme, parts in values["splits"].items()},
+        content_hash=values["content_hash"],
+        ink=values["ink"],
+    )
+    _check_info(info)
+    return info
+
+
+def _is_text(value: Any) -> bool:
+    return isinstance(value, str)
+
+
+def _is_texts(value: Any) -> bool:
+    return isinstance(value, list) and all(isinstance(entry, str) for entry in value)
+
+
+def _is_counts(value: Any) -> bool:
+    return isinstance(value, list) and all(type(entry) is int and 0 <= entry < 2**48 for entry in value)
+
+
+def _is_splits(value: Any) -> bool:
+    return isinstance(value, dict) and all(
+        isinstance(parts, dict) and all(_is_texts(names) for names in parts.values()) for parts in value.values()
+    )
+
+
+_FIELDS: dict[str, tuple[str, Callable[[Any], bool]]] = {
+    "name": ("a text", _is_text),
+    "source": ("a text", _is_text),
+    "licence": ("a text", _is_text),
+    "image_shape": ("[channels, height, width]", lambda value: _is_counts(value) and len(value) == 3),
+    "class_names": ("a list of texts", _is_texts),
+    "offsets": ("a list of whole numbers", _is_counts),
+    "splits": ("an object of objects of lists of texts", _is_splits),
+    "content_hash": ("a text", _is_text),
+    "ink": ("true or false", lambda value: isinstance(value, bool)),
+}
+
+
+def _check_info(info: StoreInfo) -> None:
+    """Consistency, for what is about to be written and for what was just read."""
+    # Arrow counts the elements of one tensor in 31 bits.
+    if min(info.image_shape) < 1 or math.prod(info.image_shape) >= 2**31:
+        raise DataError(f"image_shape {info.image_shape} of {info.name} must be positive and below 2 GiB an image.")
+    if not info.class_names:
+        raise DataError(f"{info.name} has no classes; a store needs at least one.")
+    known = set(info.class_names)
+    if len(known) != len(info.class_names):
+        twice = next(name for index, name in enumerate(info.class_names) if name in info.class_names[:index])
+        raise DataError(f"class {twice!r} of {info.name} comes twice; class names must be distinct.")
+    if len(info.offsets) != len(info.class_names) + 1 or info.offsets[0] != 0:
+        raise DataError(f"the offsets of {info.name} must start at 0 and bound each of its classes.")
+    if any(end <= start for start, end in itertools.pairwise(info.offsets)):
+        raise DataError(f"the offsets of {info.name} must increase from class to class.")
+    for scheme, parts in info.splits.items():
+        _check_scheme(info.name, scheme, parts, known)
+
+
+def _check_scheme(store: str, scheme: str, parts: Mapping[str, Sequence[str]], known: set[str]) -> None:
+    if scheme == SAMPLES:
+        raise DataError(f"split scheme {SAMPLES!r} of {store} is reserved; every store has it. Choose another name.")
+    if set(parts) != set(SPLITS) or not all(parts.values()):
+        raise DataError(f"split scheme {scheme!r} of {store} must put classes in each of train, val and test.")
+    home: dict[str, str] = {}
+    for split, names in parts.items():
+        for name in names:
+            if name not in known:
+                raise DataError(f"split scheme {scheme!r} of {store}: {split} names the unknown class {name!r}.")
+            if name in home:
+                raise DataError(
+                    f"split scheme {scheme!r} of {store}: class {name!r} is in {home[name]} and in {split}; "
+                    "splits must not share a class."
+                )
+            home[name] = split
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")
+
+
+# --------------------------------------------------------------------------------------- remote stores
+
+
+def _local_copy(uri: str, cache_dir: Path | None) -> Path:
+    with _remote_errors(uri):
+        filesystem, remote_path = pa.fs.FileSystem.from_uri(uri)
+        remote = filesystem.get_file_info(remote_path)
+    if remote.type != pa.fs.FileType.File:
+        raise DataError(f"no store at {_without_secrets(uri)}. Build it with jobs/build_store.py and copy it there.")
+    folder = cache_dir or Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "distmaml"
+    identity = hashlib.sha256(f"{uri} {remote.size} {remote.mtime_ns}".encode()).hexdigest()[:20]
+    path = folder / f"{identity}.arrow"
+    with disk_errors(path):
+        folder.mkdir(parents=True, exist_ok=True)
+        with FileLock(path.with_suffix(".lock")):
+            if not path.exists():
+                with atomic_file(path) as file:
+                    for block in _remote_blocks(uri, filesystem, remote_path):
+                        file.write(block)
+                    if file.tell() != remote.size:
+                        raise DataError(
+                            f"{_without_secrets(uri)} changed while it was copied: {file.tell()} bytes came of "
+                            f"{remote.size}. Try again."
+                        )
+    return path
+
+
+def _remote_blocks(uri: str, filesystem: Any, remote_path: str) -> Iterator[bytes]:
+    with _remote_errors(uri), filesystem.open_input_stream(remote_path) as stream:
+        while block := stream.read(1 << 20):
+            yield block
+
+
+@contextlib.contextmanager
+def _remote_errors(uri: str) -> Iterator[None]:
+    try:
+        yield
+    except (OSError, pa.ArrowException) as error:
+        shown = _without_secrets(uri)
+        reason = _first_line(error).replace(uri, shown)
+        raise DataError(f"cannot read {shown}: {reason}. Check the address and the credentials.") from error
+
+
+def _without_secrets(uri: str) -> str:
+    """The URI without user, password and query: those of s3:// hold keys, and messages are logged."""
+    parts = urlsplit(uri)
+    return f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}{parts.path}"

@@ -1,0 +1,54 @@
+"""Arithmetic on pytrees of tensors: nested dicts, tuples and NamedTuples."""
+
+from collections.abc import Callable, Sequence
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+Tree: TypeAlias = Any
+"""A tensor, or a dict, list, tuple or NamedTuple of trees."""
+
+
+def tree_map(function: Callable[..., Any], tree: Tree, *rest: Tree) -> Tree:
+    """The tree of ``function(leaf, *leaves of rest)``; all trees have one structure."""
+    return pytree.tree_map(function, tree, *rest)
+
+
+def tree_leaves(tree: Tree) -> list[Any]:
+    """The leaves in a fixed order: dicts by insertion, tuples by position."""
+    return pytree.tree_leaves(tree)
+
+
+def tree_unflatten(like: Tree, leaves: Sequence[Any]) -> Tree:
+    """The tree with the structure of `like` and these leaves."""
+    return pytree.tree_unflatten(leaves, pytree.tree_structure(like))
+
+
+def tree_names(tree: Tree) -> list[str]:
+    """A name for each leaf, in the order of `tree_leaves`: the path to it, joined by dots."""
+    paths, _ = pytree.tree_flatten_with_path(tree)
+    return [".".join(str(getattr(key, "key", getattr(key, "idx", getattr(key, "name", key)))) for key in path)
+            for path, _ in paths]  # fmt: skip
+
+
+def tree_add(a: Tree, b: Tree) -> Tree:
+    """``a + b``, leaf by leaf."""
+    return tree_map(torch.add, a, b)
+
+
+def tree_dot(a: Tree, b: Tree) -> Tensor:
+    """Inner product of two trees, a scalar tensor."""
+    products = [(x * y).sum() for x, y in zip(tree_leaves(a), tree_leaves(b), strict=True)]
+    return torch.stack(products).sum()
+
+
+def tree_index(tree: Tree, index: int | slice) -> Tree:
+    """``leaf[index]`` of every tensor leaf; leaves that are None stay None."""
+    return tree_map(lambda leaf: leaf if leaf is None else leaf[index], tree)
+
+
+def tree_to(tree: Tree, device: torch.device) -> Tree:
+    """The tree on a device; copies from pinned memory do not wait."""
+    return tree_map(lambda leaf: leaf if leaf is None else leaf.to(device, non_blocking=True), tree)

@@ -1,0 +1,40 @@
+"""What a loop needs of the world: who it is, where it computes, and whom it tells."""
+
+from collections.abc import Mapping
+from typing import Protocol
+
+import torch
+
+
+class Worker(Protocol):
+    """One process of a training run.
+
+    Attributes:
+      rank: number of this worker, from 0.
+      world_size: how many there are.
+      device: where this worker computes.
+    """
+
+    @property
+    def rank(self) -> int: ...
+    @property
+    def world_size(self) -> int: ...
+    @property
+    def device(self) -> torch.device: ...
+
+    def report(self, metrics: Mapping[str, float]) -> None:
+        """Tells whoever started the workers how far they are. Every worker calls it equally often."""
+        ...
+
+
+class LocalWorker:
+    """The only worker, in this process: training and debugging without a cluster."""
+
+    rank = 0
+    world_size = 1
+
+    def __init__(self, device: torch.device | str = "cpu") -> None:
+        self.device = torch.device(device)
+
+    def report(self, metrics: Mapping[str, float]) -> None:
+        """Nobody started this worker, so there is nobody to tell."""

@@ -1,0 +1,50 @@
+"""Builds a data set's store:  python jobs/build_store.py omniglot --data-dir DIR"""
+
+import os
+import sys
+from pathlib import Path
+
+import tyro
+
+from distmaml.datasets import ensure_store
+from distmaml.errors import DistmamlError
+from distmaml.store import SAMPLES, SPLITS, open_store
+
+
+def main(
+    dataset: tyro.conf.Positional[str],
+    data_dir: Path | None = None,
+    output_dir: Path | None = None,
+    image_size: int = 28,
+    color: bool = False,
+) -> None:
+    """Build the store of a data set, also if there is one, and print what is in it.
+
+    Args:
+      dataset: glyphs, omniglot or image_folder.
+      data_dir: folder with the raw files. Not needed for glyphs; Omniglot is downloaded without it.
+      output_dir: the store goes to OUTPUT_DIR/stores. Default: $DISTMAML_HOME, else ~/distmaml.
+      image_size: height and width of the images in pixels.
+      color: read the pictures as RGB rather than grey.
+    """
+    home = output_dir or Path(os.environ.get("DISTMAML_HOME") or Path.home() / "distmaml")
+    path = ensure_store(
+        dataset, data_dir=data_dir, image_size=image_size, color=color, stores_dir=home / "stores", rebuild=True
+    )
+    store = open_store(path)
+    print(path)
+    print(f"{len(store.info.class_names)} classes, {len(store.images)} images of {store.info.image_shape}")
+    print(f"content {store.info.content_hash}")
+    for scheme, parts in store.info.splits.items():
+        sizes = ", ".join(f"{len(parts[split])} {split}" for split in SPLITS)
+        print(f"split {scheme}: {sizes} classes, {store.split_hash(scheme)}")
+    if not store.info.splits:
+        print(f"split {SAMPLES}: too few classes to divide; use --split-by samples")
+
+
+if __name__ == "__main__":
+    try:
+        tyro.cli(main)
+    except DistmamlError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
