@@ -81,7 +81,8 @@ class ImageTasks:
     """N-way K-shot episodes over a class store."""
 
     dataset: str = "glyphs"
-    """glyphs (embedded), omniglot, image_folder, or package.module:attribute."""
+    """glyphs (embedded), omniglot, image_folder, package.module:attribute, or a ready store: a path or URI that ends in
+    .arrow (s3://bucket/omniglot-28.arrow)."""
     data_dir: Path | None = None
     """Folder with the raw files of the data set. Not needed for glyphs; Omniglot is downloaded without it."""
     image_size: int = 28
@@ -267,7 +268,7 @@ class Config:
 
 def is_custom(name: str) -> bool:
     """Whether a name is a user's own ``package.module:attribute``."""
-    return ":" in name
+    return ":" in name and "://" not in name
 
 
 def flatten(config: Any) -> dict[str, Any]:

@@ -59,16 +59,48 @@ def shard(num_tasks: int, chunk_size: int, rank: int, world_size: int) -> list[t
     return [(c, range(c * chunk_size, min((c + 1) * chunk_size, num_tasks))) for c in range(first, last)]
 
 
-def fold_in(key: Tensor, data: int) -> Tensor:
+def fold_in(key: Tensor, data: int | Tensor) -> Tensor:
     """A new random stream from a stream and a number: one round of splitmix64 on int64 tensors.
 
     Steele, Lea, Flood (2014), "Fast Splittable Pseudorandom Number Generators",
-    https://doi.org/10.1145/2714064.2660195. Arithmetic only, so that it can be vmapped.
+    https://doi.org/10.1145/2714064.2660195. Arithmetic only, so that it can be vmapped, and the same on every
+    version and device. `data` broadcasts against `key`.
     """
-    mixed = key + _signed((data + 1) * 0x9E3779B97F4A7C15)
+    offset = (data + 1) * _signed(0x9E3779B97F4A7C15)
+    mixed = key + (_signed(offset) if isinstance(offset, int) else offset)
     mixed = (mixed ^ _shift(mixed, 30)) * _signed(0xBF58476D1CE4E5B9)
     mixed = (mixed ^ _shift(mixed, 27)) * _signed(0x94D049BB133111EB)
     return mixed ^ _shift(mixed, 31)
+
+
+SPLITS = ("train", "val", "test")
+
+
+def task_keys(seed: int, split: str, indices: Sequence[int]) -> Tensor:
+    """The random stream of each task, int64 ``[num_tasks]``: a function of (seed, split, index) alone."""
+    stream = fold_in(torch.tensor(seed), SPLITS.index(split))
+    return fold_in(stream, torch.tensor(indices, dtype=torch.int64))
+
+
+def random_ints(key: Tensor, size: int) -> Tensor:
+    """`size` integers in [0, 2**63) from each stream: ``[*key, size]``."""
+    return fold_in(key.unsqueeze(-1), torch.arange(size)) & (2**63 - 1)
+
+
+def random_uniform(key: Tensor, size: int) -> Tensor:
+    """`size` float64 numbers in [0, 1) from each stream: ``[*key, size]``."""
+    return (random_ints(key, size) >> 10).double() * 2.0**-53
+
+
+def random_choice(key: Tensor, size: int, total: int) -> Tensor:
+    """`size` distinct integers in [0, total) in random order from each stream: ``[*key, size]``."""
+    chosen: list[Tensor] = []
+    for position, draw in enumerate(random_ints(key, size).unbind(-1)):
+        pick = draw % (total - position)
+        for earlier in torch.stack(chosen, -1).sort(-1).values.unbind(-1) if chosen else ():
+            pick = pick + (pick >= earlier)  # the pick-th of those that are left
+        chosen.append(pick)
+    return torch.stack(chosen, -1)
 
 
 def _signed(value: int) -> int:

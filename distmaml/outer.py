@@ -3,41 +3,19 @@
 Knows no processes: what several workers computed is added in `collectives.py`.
 """
 
-import logging
 import math
 from collections.abc import Iterator
 from typing import Any, NamedTuple
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
-from torch.func import vmap
 
 from distmaml.algorithms import Algorithm, MetaParams
 from distmaml.config import Outer
+from distmaml.engine import sum_over_tasks
 from distmaml.episodes import TaskBatch
-from distmaml.inner import HvpMode, Metrics, hvp_mode
-from distmaml.trees import Tree, tree_add, tree_index, tree_leaves, tree_map, tree_names, tree_unflatten
-
-log = logging.getLogger("distmaml")
-
-
-class Engine(NamedTuple):
-    """How a chunk of tasks is computed. All engines give the same gradient up to rounding."""
-
-    vectorize: bool
-    hvp: HvpMode
-
-    def __str__(self) -> str:
-        tasks = "tasks side by side (vmap)" if self.vectorize else "one task after the other"
-        return f"{tasks}, {self.hvp} over reverse"
-
-
-ENGINES = (Engine(True, "forward"), Engine(True, "reverse"), Engine(False, "forward"), Engine(False, "reverse"))
-"""From the fastest to the one that asks least of a module's operators."""
-
-# Which engine an algorithm's module got along with, so that the others are tried once and not at every step.
-_engines: WeakKeyDictionary[Any, Engine] = WeakKeyDictionary()
+from distmaml.inner import Metrics
+from distmaml.trees import tree_add, tree_index, tree_leaves, tree_map, tree_names, tree_unflatten
 
 
 def meta_gradient(
@@ -68,50 +46,15 @@ def meta_gradient(
 def chunk_sum(
     algorithm: Algorithm, meta_params: MetaParams, tasks: TaskBatch, step: int, *, vectorize: bool = True
 ) -> tuple[MetaParams, Metrics]:
-    """Sum of meta-gradients and metrics over the tasks of one chunk.
-
-    Some torch operators have no batching rule or no forward derivative. Then the engine steps down to the next
-    of `ENGINES`, says so once in the log, and stays there; the gradient is exact on every one.
+    """Sum of meta-gradients and metrics over the tasks of one chunk, on the engine that the module gets along with.
 
     Args:
       vectorize: False keeps to one task after the other, which is faster for convolutions on a CPU.
     """
-    known = _engines.get(algorithm.meta_grad)
-    candidates = [e for e in ENGINES if vectorize or not e.vectorize] if known is None else [known]
-    refusals: list[tuple[Engine, Exception]] = []
-    for engine in candidates:
-        try:
-            with torch.no_grad(), hvp_mode(engine.hvp):
-                compute = _side_by_side if engine.vectorize else _one_by_one
-                result = compute(algorithm, meta_params, tasks, step)
-        except torch.OutOfMemoryError:
-            raise
-        except (RuntimeError, NotImplementedError) as error:
-            refusals.append((engine, error))
-            continue
-        if known is None:
-            _engines[algorithm.meta_grad] = engine
-            if refusals:
-                reasons = "; ".join(f"not {tried}: {str(error).splitlines()[0][:160]}" for tried, error in refusals)
-                log.warning("Computing %s (%s).", engine, reasons)
-        return result
-    raise refusals[-1][1]
-
-
-def _side_by_side(algorithm: Algorithm, meta_params: MetaParams, tasks: TaskBatch, step: int) -> tuple[Tree, Metrics]:
-    in_dims = (None, tree_map(lambda leaf: None if leaf is None else 0, tasks), None)
-    per_task = vmap(algorithm.meta_grad, in_dims=in_dims)(meta_params, tasks, step)
-    summed: tuple[Tree, Metrics] = tree_map(lambda leaf: leaf.sum(0), per_task)
+    summed: tuple[MetaParams, Metrics] = sum_over_tasks(
+        algorithm.meta_grad, lambda task: algorithm.meta_grad(meta_params, task, step), tasks, vectorize=vectorize
+    )
     return summed
-
-
-def _one_by_one(algorithm: Algorithm, meta_params: MetaParams, tasks: TaskBatch, step: int) -> tuple[Tree, Metrics]:
-    total: tuple[Tree, Metrics] | None = None
-    for index in range(len(tree_leaves(tasks)[0])):
-        one = algorithm.meta_grad(meta_params, tree_index(tasks, index), step)
-        total = one if total is None else tree_add(total, one)
-    assert total is not None
-    return total
 
 
 # --------------------------------------------------------------------------------------------- the step

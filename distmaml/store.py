@@ -154,7 +154,8 @@ class ClassStore:
 
 def hash_order(salt: str, names: Iterable[str]) -> list[str]:
     """The names sorted by the sha256 of ``salt:name``: a permutation that depends on no library's generator."""
-    return sorted(names, key=lambda name: hashlib.sha256(f"{salt}:{name}".encode()).digest())
+    # surrogatepass: the name of a folder need not be Unicode.
+    return sorted(names, key=lambda name: hashlib.sha256(f"{salt}:{name}".encode("utf-8", "surrogatepass")).digest())
 
 
 # --------------------------------------------------------------------------------------------- writing
@@ -307,8 +308,7 @@ def open_store(uri: str | Path, *, cache_dir: Path | None = None) -> ClassStore:
         return ClassStore(info, _view_images(reader, info))
     except FileNotFoundError as error:
         raise DataError(f"no store at {path}. Build it with jobs/build_store.py.") from error
-    # SystemError: what pyarrow 25 makes of extension metadata that are not UTF-8.
-    except (OSError, pa.ArrowException, SystemError) as error:
+    except (OSError, pa.ArrowException) as error:
         raise DataError(f"{path} cannot be read as a store: {_first_line(error)}. {_REBUILD}") from error
     except DataError as error:
         raise DataError(f"{path} is not a store that can be used: {error} {_REBUILD}") from error
@@ -330,7 +330,9 @@ def _check_frame(path: Path) -> None:
 def _view_images(reader: Any, info: StoreInfo) -> npt.NDArray[np.uint8]:
     if reader.num_record_batches != 1 or reader.schema != _schema(info.image_shape):
         raise DataError(f"it is not one batch of the uint8 images {info.image_shape} that its metadata say.")
-    storage = reader.get_batch(0).column(0).storage
+    batch = reader.get_batch(0)
+    batch.validate()
+    storage = batch.column(0).storage
     num_bytes = info.offsets[-1] * math.prod(info.image_shape)
     values = storage.values
     buffer = values.buffers()[1]

@@ -49,6 +49,12 @@ def tree_index(tree: Tree, index: int | slice) -> Tree:
     return tree_map(lambda leaf: leaf if leaf is None else leaf[index], tree)
 
 
-def tree_to(tree: Tree, device: torch.device) -> Tree:
-    """The tree on a device; copies from pinned memory do not wait."""
-    return tree_map(lambda leaf: leaf if leaf is None else leaf.to(device, non_blocking=True), tree)
+def tree_to(tree: Tree, device: torch.device, dtype: torch.dtype) -> Tree:
+    """The tree on a device, floating-point leaves in `dtype`; copies from pinned memory do not wait."""
+
+    def move(leaf: Any) -> Any:
+        if leaf is None:
+            return None
+        return leaf.to(device, dtype if leaf.is_floating_point() else leaf.dtype, non_blocking=True)
+
+    return tree_map(move, tree)

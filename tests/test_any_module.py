@@ -6,11 +6,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from distmaml import outer
+from distmaml import engine as engines
 from distmaml.algorithms.maml import anil, fomaml, maml
 from distmaml.errors import ConfigError
 from distmaml.objectives import classification, initial_params, objective, regression
-from distmaml.outer import ENGINES, chunk_sum, meta_gradient
+from distmaml.engine import ENGINES
+from distmaml.outer import chunk_sum, meta_gradient
 from distmaml.trees import tree_map
 from tests import oracles
 from tests.modules import SMOOTH, WITH_ORACLE, make
@@ -85,7 +86,7 @@ def test_maml_equals_central_differences(name: str) -> None:
 def test_every_engine_gives_the_same_gradient(name: str, engine: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     case, tasks, loss = make(name)
     theta = initial_params(case.model)
-    monkeypatch.setattr(outer, "ENGINES", (engine,))
+    monkeypatch.setattr(engines, "ENGINES", (engine,))
     found, _ = meta_gradient(maml(objective_of(case), **INNER), theta, tasks, 0)
     assert oracles.relative_error(found, oracles.unrolled(case.model, theta, tasks, loss, **ORACLE)) < 1e-10
 

@@ -86,9 +86,9 @@ def _file_name(dataset: str, data_dir: Path | None, image_size: int, color: bool
     if color:
         words.append("rgb")
     if data_dir is not None and dataset not in _FIXED_CONTENT:
-        digest = hashlib.sha256(str(data_dir.absolute()).encode())
+        digest = hashlib.sha256(os.fsencode(data_dir.absolute()))
         for line in _listing(data_dir):
-            digest.update(line.encode("utf-8", "surrogateescape"))
+            digest.update(os.fsencode(line))
         words.append(digest.hexdigest()[:12])
     return "-".join(words) + ".arrow"
 

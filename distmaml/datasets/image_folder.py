@@ -153,6 +153,7 @@ def _is_inside(*names: str) -> bool:
 
 def _pictures_of_tables(data_dir: Path, tables: Mapping[str, Mapping[str, Sequence[str]]]) -> dict[str, list[Path]]:
     pictures: dict[str, list[Path]] = {}
+    labels: dict[Path, str] = {}
     flat = data_dir / _FLAT
     for split, table in tables.items():
         for label, filenames in table.items():
@@ -167,4 +168,8 @@ def _pictures_of_tables(data_dir: Path, tables: Mapping[str, Mapping[str, Sequen
             for path in pictures[label]:
                 if not path.is_file():
                     raise DataError(f"{path} is not there, but {split}.csv names it for the class {label!r}.")
+                if labels.setdefault(path, label) != label:
+                    raise DataError(
+                        f"{path} is named for the classes {labels[path]!r} and {label!r}. Remove it in one."
+                    )
     return dict(sorted(pictures.items()))

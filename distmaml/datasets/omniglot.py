@@ -30,8 +30,8 @@ from distmaml.store import StoreInfo, atomic_file, disk_errors, hash_order, writ
 BASE_URL = "https://raw.githubusercontent.com/brendenlake/omniglot/master/python"
 NUM_DRAWERS = 20
 NUM_TRAIN, NUM_VAL = 1100, 100
-"""Characters of the `maml` split; the other 423 are for test (Finn et al., 2017, https://arxiv.org/abs/1703.03400,
-who give 1200 for training and validation together)."""
+"""Characters of the `maml` split; the other 423 are for test. Finn et al. (2017), https://arxiv.org/abs/1703.03400,
+train on 1200, of which their code keeps 100 for validation."""
 NUM_VAL_ALPHABETS = 5
 
 _MAX_MEMBER_BYTES = 1 << 20
@@ -99,9 +99,9 @@ def build(path: Path, *, data_dir: Path | None, image_size: int, color: bool, do
 def split_schemes(background: Sequence[str], evaluation: Sequence[str]) -> dict[str, dict[str, list[str]]]:
     """The schemes `maml` (= `default`) and `alphabets` of the two parts' classes.
 
-    maml: 1100 train, 100 val, 423 test of all characters, in an order fixed by the sha256 of their names. The paper's
-    own permutation was never published. alphabets: 25 and 5 of the background alphabets are train and val, the 20
-    evaluation alphabets are test, so that whole scripts are new.
+    maml: 1100 train, 100 val, 423 test of all characters, in an order fixed by the sha256 of their names, which is
+    not the paper's. alphabets: 25 and 5 of the background alphabets are train and val, the 20 evaluation alphabets are
+    test, so that whole scripts are new.
     """
     order = hash_order("distmaml-omniglot-maml", [*background, *evaluation])
     held_out = NUM_TRAIN + NUM_VAL

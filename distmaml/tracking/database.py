@@ -69,6 +69,11 @@ def open_tracking(output_dir: Path, tracking_uri: str | None = None) -> Tracking
             "one over that database (mlflow server --backend-store-uri ...) and give its address, or give none for "
             f"the embedded {database}."
         )
+    if parts.password is not None:
+        raise TrackingError(
+            f"tracking_uri={_without_password(uri)!r} holds a password, which would be written into every run. Set "
+            "MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, and leave it out of the address."
+        )
     return Tracking(uri.rstrip("/"), reachable=_probe(uri.rstrip("/")))
 
 
@@ -177,7 +182,7 @@ def _get(url: str) -> str:
 
 def _not_mlflow(uri: str, reason: str) -> str:
     return (
-        f"What answers at tracking_uri={_without_password(uri)!r} is not an MLflow server ({reason}). Give the address "
+        f"What answers at tracking_uri={uri!r} is not an MLflow server ({reason}). Give the address "
         "of one, or none for the embedded database."
     )
 
@@ -186,7 +191,7 @@ def _warn_unreachable(uri: str, reason: str) -> None:
     log.warning(
         "The MLflow server at %s cannot be reached (%s). The run goes on; its points are kept in its folder and sent "
         "when the server is back.",
-        _without_password(uri),
+        uri,
         reason,
     )
 

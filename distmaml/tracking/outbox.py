@@ -90,7 +90,7 @@ class Outbox:
         """
         self.folder.mkdir(parents=True, exist_ok=True)
         try:
-            self._lock.acquire(timeout=10)  # somebody who only sends what was left over is done soon
+            self._lock.acquire(timeout=5)  # somebody who only sends what was left over is done soon
         except Timeout:
             raise RunError(
                 f"The run in {self.run_folder} is in use by another process, which holds {self.folder / 'lock'}. Wait "

@@ -91,6 +91,7 @@ class TrackedRun:
                 changes = [
                     f"{k}: {earlier.params.get(k)} -> {v}" for k, v in texts.items() if earlier.params.get(k) != v
                 ]
+                all_tags["distmaml.reason"] = ""  # of the earlier end
                 if changes:
                     all_tags["distmaml.changed_params"] = "; ".join(changes)
             outbox.write_run(record)

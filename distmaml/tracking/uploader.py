@@ -41,7 +41,8 @@ PROCESS_START_TAG = "distmaml.pid_started"
 Status = Literal["FINISHED", "FAILED", "KILLED"]
 
 _LIMITS = {"metrics": 1000, "params": 100, "tags": 100}  # of one request, by the server
-_LONGEST_WAIT = 30.0
+_LONGEST_WAIT = 30.0  # seconds between tries
+_ARTIFACT_TRIES = 3
 # Everything else (no connection, a full disk, a login that is missing) can be put right while we wait.
 _PERMANENT = ("INVALID_PARAMETER_VALUE", "RESOURCE_DOES_NOT_EXIST")
 
@@ -81,6 +82,7 @@ class Uploader:
         self._away, self._wait = False, 1.0
         self._ended = False
         self._refused = False
+        self._artifact_failures = 0
         self._sent = outbox.read_sent(tracking.uri)
         self._wake, self._closing = threading.Event(), threading.Event()
         self._deadline = 0.0
@@ -93,7 +95,7 @@ class Uploader:
         return self._sent
 
     def connect(self) -> None:
-        """Creates the run, or finds it, now and in this thread. Before `start`.
+        """Creates the run, or finds it and sets it to RUNNING, now and in this thread. Before `start`.
 
         Raises:
           TrackingError: MLflow is there and does not want the run.
@@ -101,6 +103,7 @@ class Uploader:
         """
         try:
             self._ensure_run()
+            self._beat()
         except MlflowException as error:
             if error.error_code in (*_PERMANENT, "UNAUTHENTICATED", "PERMISSION_DENIED"):
                 raise TrackingError(
@@ -244,11 +247,7 @@ class Uploader:
         client, run_id = self._mlflow, self._done.run_id
         match record["kind"]:
             case "artifact":
-                file = self._outbox.run_folder / record["file"]
-                if file.is_file():
-                    self._call(record, lambda: client.log_artifact(run_id, str(file), record["artifact_path"]))
-                else:
-                    self._outbox.refuse(record, "the file does not exist")
+                self._send_artifact(record)
             case "metrics":
                 values = record["values"].items()
                 self._log("metrics", [Metric(k, v, record["timestamp_ms"], record["step"]) for k, v in values])
@@ -262,6 +261,23 @@ class Uploader:
                 self._ended = True
             case "torn":
                 self._outbox.refuse(record, "a line of outbox.jsonl that a crash has torn")
+
+    def _send_artifact(self, record: dict[str, Any]) -> None:
+        """Sends a file, or puts it aside: artifacts have a store of their own, which must not hold up all the rest."""
+        file = self._outbox.run_folder / record["file"]
+        if not file.is_file():
+            self._outbox.refuse(record, "the file does not exist")
+            return
+        try:
+            self._mlflow.log_artifact(self._done.run_id, str(file), record["artifact_path"])
+        except Exception as error:  # whatever that store's client raises
+            self._find_run()  # raises where it is MLflow itself that is away
+            self._artifact_failures += 1
+            if self._artifact_failures < _ARTIFACT_TRIES:
+                raise
+            log.error("MLflow does not take the artifact %s (%s). It stays where it is.", file, _one_line(error))
+            self._outbox.refuse(record, str(error))
+        self._artifact_failures = 0
 
     def _beat(self) -> None:
         """Shows that the driver lives. Sets the status too: during an outage others may have taken it for dead."""

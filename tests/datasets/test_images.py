@@ -32,7 +32,8 @@ def test_a_picture_of_the_right_size_is_its_pixels(tmp_path: Path) -> None:
     Image.fromarray(GREY).save(tmp_path / "x.png")
     pixels = read(tmp_path / "x.png")
     np.testing.assert_array_equal(pixels, GREY[None])
-    assert (pixels.dtype, pixels.flags.c_contiguous) == (np.uint8, True)
+    assert pixels.dtype == np.uint8
+    assert pixels.flags.c_contiguous
 
 
 def test_color_has_three_channels_first() -> None:

@@ -1,0 +1,180 @@
+"""From a Config to objects: the only place that turns names into things."""
+
+import importlib
+import os
+import sys
+from collections.abc import Mapping
+from dataclasses import asdict
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+
+from distmaml import paths
+from distmaml.algorithms import ALGORITHMS, Algorithm, MetaParams
+from distmaml.config import Config, ImageTasks, is_custom
+from distmaml.datasets import ensure_store
+from distmaml.episodes import SPLITS, TaskDistribution
+from distmaml.errors import ConfigError, unknown
+from distmaml.models import MODELS
+from distmaml.objectives import Objective, initial_params
+from distmaml.store import ClassStore, open_store
+from distmaml.tasks import TASKS
+
+OBJECTIVES: dict[str, str] = {
+    "classification": "distmaml.objectives:classification",
+    "regression": "distmaml.objectives:regression",
+}
+"""Name -> where its function is: ``function(module) -> Objective``."""
+
+
+class Learner(NamedTuple):
+    """What learns: an algorithm on a model.
+
+    Attributes:
+      vectorize: whether tasks are computed side by side. Per-task weights turn a convolution into a grouped one, which a
+        GPU wants and a CPU is slower at than one task after the other.
+    """
+
+    algorithm: Algorithm
+    objective: Objective
+    meta_params: MetaParams
+    vectorize: bool
+
+
+def learner(config: Config, tasks: TaskDistribution, device: torch.device) -> Learner:
+    """Algorithm, objective and initial meta-parameters, which depend on the seed alone."""
+    generator = torch.Generator().manual_seed(config.outer.seed)
+    with torch.random.fork_rng([]):
+        torch.manual_seed(config.outer.seed)
+        module = _module(config, tasks)
+    module = module.to(device, getattr(torch, config.outer.precision))
+    objective: Objective = resolve("objective", config.objective, OBJECTIVES)(module)
+    factory = resolve("algorithm", config.algorithm, ALGORITHMS)
+    algorithm: Algorithm = factory(objective, **_arguments(config.algorithm, config.algorithm_options))
+    convolves = any(isinstance(layer, nn.modules.conv._ConvNd) for layer in module.modules())
+    meta_params = algorithm.init(initial_params(module), generator)
+    return Learner(algorithm, objective, meta_params, vectorize=device.type != "cpu" or not convolves)
+
+
+def task_distributions(config: Config) -> dict[str, TaskDistribution]:
+    """The task distribution of each split: train, val and test.
+
+    Raises:
+      ConfigError, DataError: a split that the data cannot fill.
+    """
+    options = config.task_options
+    seed = config.outer.seed
+    if not isinstance(options, ImageTasks):
+        factory = resolve("tasks", config.tasks, TASKS)
+        arguments = _arguments(config.tasks, options)
+        evaluating = dict(arguments)
+        if "num_eval_queries" in arguments:
+            evaluating["num_queries"] = evaluating.pop("num_eval_queries")
+            arguments.pop("num_eval_queries")
+        return {split: factory(split=split, seed=seed, **(arguments if split == "train" else evaluating)) for split in SPLITS}
+    opened = store(config)
+    assert opened is not None
+    cls = resolve("tasks", config.tasks, TASKS)
+    return {
+        split: cls(
+            opened.images,
+            opened.classes(_scheme(options), split),
+            split=split,
+            seed=seed,
+            num_ways=options.num_ways,
+            num_shots=options.num_shots,
+            num_queries=options.num_queries if split == "train" else options.num_eval_queries,
+            rotations=options.rotations == "all" or (options.rotations == "train" and split == "train"),
+        )
+        for split in SPLITS
+    }
+
+
+def store(config: Config) -> ClassStore | None:
+    """The class store of the run, built from raw files when it is missing; None for tasks that need none."""
+    options = config.task_options
+    if not isinstance(options, ImageTasks):
+        return None
+    if options.dataset.endswith(".arrow"):
+        return open_store(options.dataset, cache_dir=paths.stores(config))
+    path = ensure_store(
+        options.dataset,
+        data_dir=None if options.data_dir is None else options.data_dir.expanduser().absolute(),
+        image_size=options.image_size,
+        color=options.color,
+        stores_dir=paths.stores(config),
+        builder=import_attribute(options.dataset) if is_custom(options.dataset) else None,
+    )
+    return open_store(path)
+
+
+def dataset_record(config: Config) -> dict[str, str] | None:
+    """What identifies the data of a run: name, source, content_hash, split and split_hash."""
+    opened = store(config)
+    if opened is None:
+        return None
+    assert isinstance(config.task_options, ImageTasks)
+    scheme = _scheme(config.task_options)
+    return {
+        "name": opened.info.name,
+        "source": opened.info.source,
+        "content_hash": opened.info.content_hash,
+        "split": scheme,
+        "split_hash": opened.split_hash(scheme),
+    }
+
+
+def resolve(kind: str, name: str, table: Mapping[str, str]) -> Any:
+    """What a name of a table, or a user's own ``package.module:attribute``, stands for.
+
+    Raises:
+      ConfigError: a name that is in no table, or a module or attribute that cannot be imported.
+    """
+    if name in table:
+        return import_attribute(table[name])
+    if is_custom(name):
+        return import_attribute(name)
+    raise ConfigError(unknown(kind, name, table))
+
+
+def import_attribute(path: str) -> Any:
+    """The attribute that ``package.module:attribute`` names; the working directory is searched too."""
+    module_name, _, attribute = path.partition(":")
+    if os.getcwd() not in sys.path:
+        sys.path.append(os.getcwd())
+    try:
+        return getattr(importlib.import_module(module_name), attribute)
+    except ImportError as error:
+        raise ConfigError(
+            f"{path!r} cannot be imported ({error}). Run from the folder that holds its package, or install it."
+        ) from error
+    except AttributeError:
+        raise ConfigError(f"module {module_name!r} has no attribute {attribute!r}.") from None
+
+
+def _module(config: Config, tasks: TaskDistribution) -> nn.Module:
+    factory = resolve("model", config.model, MODELS)
+    arguments = _arguments(config.model, config.model_options)
+    if is_custom(config.model):
+        module = factory(**arguments)
+    else:
+        support = tasks.sample([0]).support
+        inputs, targets = support.inputs[0], support.targets[0]
+        outputs = targets.shape[-1] if targets.is_floating_point() else int(targets.max()) + 1
+        module = factory(tuple(inputs.shape[1:]), outputs, **arguments)
+    if not isinstance(module, nn.Module):
+        raise ConfigError(f"model={config.model!r} returned a {type(module).__name__}, not a torch.nn.Module.")
+    return module
+
+
+def _arguments(name: str, options: Any) -> dict[str, Any]:
+    """The options as keyword arguments; for a user's own, its mapping of arguments."""
+    arguments = asdict(options)
+    if is_custom(name):
+        (arguments,) = arguments.values()
+    return dict(arguments)
+
+
+def _scheme(options: ImageTasks) -> str:
+    return "samples" if options.split_by == "samples" else options.split

@@ -1,0 +1,83 @@
+"""Tensors and what belongs to them in one file: no pickle, written as a whole or not at all.
+
+A file is safetensors (https://github.com/huggingface/safetensors) with one JSON document in its header. One file and one
+rename make a checkpoint atomic on any file system.
+"""
+
+import json
+import logging
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import safetensors
+import safetensors.torch
+from torch import Tensor
+
+from distmaml.errors import CheckpointError
+from distmaml.files import atomic_file
+
+log = logging.getLogger("distmaml")
+
+FORMAT = 1
+
+
+def save(path: Path, tensors: Mapping[str, Tensor], document: Mapping[str, Any]) -> None:
+    """Writes tensors and a JSON document."""
+    whole = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    header = {"distmaml": json.dumps({"format": FORMAT, **document})}
+    data = safetensors.torch.save(whole, header)
+    with atomic_file(path) as file:
+        file.write(data)
+
+
+def load(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """The tensors, on the CPU, and the document that `save` wrote.
+
+    Raises:
+      CheckpointError: a missing, truncated or foreign file.
+    """
+    try:
+        with safetensors.safe_open(path, framework="pt") as file:
+            document = json.loads((file.metadata() or {}).get("distmaml", "null"))
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+    except FileNotFoundError:
+        raise CheckpointError(f"there is no file {path}.") from None
+    except (safetensors.SafetensorError, OSError, ValueError) as error:
+        raise CheckpointError(f"{path} is damaged or not a safetensors file ({error}). Take an older one.") from error
+    if not isinstance(document, dict) or "format" not in document:
+        raise CheckpointError(f"{path} was not written by distmaml: its header has no distmaml document.")
+    if document["format"] != FORMAT:
+        raise CheckpointError(f"{path} has format {document['format']}; this version of distmaml reads format {FORMAT}.")
+    return tensors, document
+
+
+def path_of(folder: Path, step: int) -> Path:
+    """The checkpoint after `step` outer steps."""
+    return folder / f"{step:08d}.safetensors"
+
+
+def steps(folder: Path) -> list[int]:
+    """The steps of the checkpoints in a folder, ascending."""
+    return sorted(int(path.stem) for path in folder.glob("*.safetensors") if path.stem.isdecimal())
+
+
+def newest(folder: Path) -> int | None:
+    """The step of the newest whole checkpoint, or None. Damaged ones on the way are set aside and named in the log.
+
+    Raises:
+      CheckpointError: there are checkpoints, and all are damaged.
+    """
+    found = steps(folder)
+    for step in reversed(found):
+        path = path_of(folder, step)
+        try:
+            load(path)
+        except CheckpointError as error:
+            log.warning("Going back to an older checkpoint: %s", error)
+            path.rename(path.with_suffix(".damaged"))
+            continue
+        return step
+    if found:
+        raise CheckpointError(f"all checkpoints in {folder} are damaged; start again under another name.")
+    return None

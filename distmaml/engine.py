@@ -1,0 +1,99 @@
+"""Running a function of one task over a chunk of tasks: side by side where torch can, else one after the other.
+
+Some torch operators have no batching rule under vmap and some have no forward derivative. Then the engine steps
+down, says so once in the log, and stays there. The results are exact on every engine; only the speed differs.
+"""
+
+import logging
+from collections.abc import Callable
+from typing import Any, NamedTuple
+from weakref import WeakKeyDictionary
+
+import torch
+from torch.func import vmap
+
+from distmaml.episodes import TaskBatch
+from distmaml.inner import HvpMode, hvp_mode
+from distmaml.trees import Tree, tree_add, tree_index, tree_leaves, tree_map
+
+log = logging.getLogger("distmaml")
+
+
+class Engine(NamedTuple):
+    """How a chunk of tasks is computed."""
+
+    vectorize: bool
+    hvp: HvpMode
+
+    def __str__(self) -> str:
+        tasks = "tasks side by side" if self.vectorize else "one task after the other"
+        return f"{tasks}, {self.hvp} over reverse"
+
+
+ENGINES = (Engine(True, "forward"), Engine(True, "reverse"), Engine(False, "forward"), Engine(False, "reverse"))
+"""From the fastest to the one that asks least of a module's operators."""
+
+# Which engine a function's module got along with, so that the others are tried once and not at every step.
+_engines: WeakKeyDictionary[Any, Engine] = WeakKeyDictionary()
+
+
+def sum_over_tasks(owner: Any, function: Callable[[Any], Tree], tasks: TaskBatch, *, vectorize: bool = True) -> Tree:
+    """``sum_i function(task_i)``, leaf by leaf; see `stack_over_tasks`."""
+    return _run(owner, function, tasks, vectorize, _sum_side_by_side, _sum_one_by_one)
+
+
+def stack_over_tasks(owner: Any, function: Callable[[Any], Tree], tasks: TaskBatch, *, vectorize: bool = True) -> Tree:
+    """``[function(task_0), function(task_1), ...]``, each leaf stacked along a new first axis.
+
+    Args:
+      owner: what the choice of the engine is remembered for, usually the algorithm's own function.
+      function: of one `Episode`.
+      tasks: leaves ``[num_tasks, ...]``.
+      vectorize: False keeps to one task after the other, which is faster for convolutions on a CPU.
+    """
+    return _run(owner, function, tasks, vectorize, _stack_side_by_side, _stack_one_by_one)
+
+
+def _run(
+    owner: Any, function: Callable[[Any], Tree], tasks: TaskBatch, vectorize: bool, side_by_side: Any, one_by_one: Any
+) -> Tree:
+    known = _engines.get(owner)
+    candidates = [e for e in ENGINES if vectorize or not e.vectorize] if known is None else [known]
+    refusals: list[tuple[Engine, Exception]] = []
+    for engine in candidates:
+        try:
+            with torch.no_grad(), hvp_mode(engine.hvp):
+                result = (side_by_side if engine.vectorize else one_by_one)(function, tasks)
+        except torch.OutOfMemoryError:
+            raise
+        except (RuntimeError, NotImplementedError) as error:
+            refusals.append((engine, error))
+            continue
+        if known is None:
+            _engines[owner] = engine
+            if refusals:
+                reasons = "; ".join(f"not {tried}: {str(error).splitlines()[0][:160]}" for tried, error in refusals)
+                log.warning("Computing %s (%s).", engine, reasons)
+        return result
+    raise refusals[-1][1]
+
+
+def _sum_side_by_side(function: Callable[[Any], Tree], tasks: TaskBatch) -> Tree:
+    return tree_map(lambda leaf: leaf.sum(0), _stack_side_by_side(function, tasks))
+
+
+def _stack_side_by_side(function: Callable[[Any], Tree], tasks: TaskBatch) -> Tree:
+    return vmap(function, in_dims=(tree_map(lambda leaf: None if leaf is None else 0, tasks),))(tasks)
+
+
+def _sum_one_by_one(function: Callable[[Any], Tree], tasks: TaskBatch) -> Tree:
+    total: Tree = None
+    for index in range(len(tree_leaves(tasks)[0])):
+        one = function(tree_index(tasks, index))
+        total = one if total is None else tree_add(total, one)
+    return total
+
+
+def _stack_one_by_one(function: Callable[[Any], Tree], tasks: TaskBatch) -> Tree:
+    each = [function(tree_index(tasks, index)) for index in range(len(tree_leaves(tasks)[0]))]
+    return tree_map(lambda *leaves: torch.stack(leaves), *each)

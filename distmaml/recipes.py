@@ -1,0 +1,77 @@
+"""Complete configurations for known experiments: dataset_algorithm_setting.
+
+A recipe is a function of no arguments; its name on the command line has dashes for underscores. What a recipe does
+otherwise than its paper is said in its docstring.
+"""
+
+from collections.abc import Callable
+
+from distmaml.config import Config, Conv4, Evaluation, ImageTasks, InnerLoop, Mlp, Outer, Sinusoid
+
+
+def glyphs_maml_5w1s() -> Config:
+    """MAML on the embedded glyphs, 5-way 1-shot: no download, minutes on two cores."""
+    return Config(
+        recipe="glyphs-maml-5w1s",
+        algorithm_options=InnerLoop(inner_lr=0.4, num_inner_steps=1),
+        model_options=Conv4(num_filters=32),
+        task_options=ImageTasks(dataset="glyphs", num_queries=5),
+        outer=Outer(num_outer_steps=400, meta_batch_size=32, schedule="cosine"),
+        evaluation=Evaluation(val_every=100, num_val_episodes=100, num_test_episodes=600),
+    )
+
+
+def omniglot_maml_5w1s() -> Config:
+    """MAML on Omniglot, 5-way 1-shot (Finn et al., 2017: 98.7 +- 0.4 % after 60,000 steps).
+
+    Otherwise than the paper: inner_lr 0.4 on the mean loss (the paper's 0.4 on the summed loss is 2.0 here, which starts
+    slower), 5 query images a class in training (the paper: as many as shots), 3 test steps, cosine schedule.
+    """
+    return Config(
+        recipe="omniglot-maml-5w1s",
+        algorithm_options=InnerLoop(inner_lr=0.4, num_inner_steps=1),
+        task_options=ImageTasks(dataset="omniglot", split="maml", num_shots=1, num_queries=5, rotations="all"),
+        outer=Outer(num_outer_steps=6000, meta_batch_size=32, schedule="cosine"),
+        evaluation=Evaluation(val_every=500, num_val_episodes=200, num_test_episodes=1000),
+    )
+
+
+def omniglot_maml_5w5s() -> Config:
+    """MAML on Omniglot, 5-way 5-shot (Finn et al., 2017: 99.9 +- 0.1 % after 60,000 steps)."""
+    base = omniglot_maml_5w1s()
+    return Config(
+        recipe="omniglot-maml-5w5s",
+        algorithm_options=base.algorithm_options,
+        task_options=ImageTasks(dataset="omniglot", split="maml", num_shots=5, num_queries=5, rotations="all"),
+        outer=Outer(num_outer_steps=2000, meta_batch_size=32, schedule="cosine"),
+        evaluation=base.evaluation,
+    )
+
+
+def sinusoid_maml_5s() -> Config:
+    """MAML on sine waves, 5-shot (Finn et al., 2017: MSE 0.67, 0.38, 0.35 after 1, 5, 10 steps; 70,000 outer steps)."""
+    return Config(
+        recipe="sinusoid-maml-5s",
+        algorithm_options=InnerLoop(inner_lr=0.01, num_inner_steps=1),
+        model="mlp",
+        model_options=Mlp(),
+        objective="regression",
+        tasks="sinusoid",
+        task_options=Sinusoid(num_shots=5, num_queries=10),
+        outer=Outer(num_outer_steps=70_000, meta_batch_size=25, reduction_chunk=25),
+        evaluation=Evaluation(
+            num_eval_steps=10,
+            val_every=5000,
+            num_val_episodes=600,
+            num_test_episodes=600,
+            inductive=False,
+            selection_metric="val/query_loss",
+            selection_mode="min",
+        ),
+    )
+
+
+RECIPES: dict[str, Callable[[], Config]] = {
+    recipe.__name__.replace("_", "-"): recipe
+    for recipe in (glyphs_maml_5w1s, omniglot_maml_5w1s, omniglot_maml_5w5s, sinusoid_maml_5s)
+}

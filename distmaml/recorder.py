@@ -1,0 +1,50 @@
+"""What rank 0 leaves in a run's folder: points, progress, checkpoints and the model."""
+
+import json
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from distmaml import checkpoint, config, paths
+from distmaml.config import Config
+from distmaml.files import write_text
+from distmaml.tracking.segments import SegmentWriter
+
+PROGRESS_SECONDS = 1.0
+
+
+class Recorder:
+    """Writes the files of one training run; on rank 0 only."""
+
+    def __init__(self, settings: Config, folder: Path, restored_step: int) -> None:
+        self._settings, self._folder = settings, folder
+        self._segments = SegmentWriter(paths.metrics(folder), restored_step)
+        self._shown = 0.0
+        self._latest: dict[str, float] = {}
+
+    def points(self, step: int, values: Mapping[str, float]) -> None:
+        """Buffers metrics; they count from the next checkpoint on."""
+        self._segments.put(step, values)
+        self._latest.update(values)
+
+    def progress(self, step: int) -> None:
+        """Says how far the run is, at most once a second."""
+        if time.monotonic() - self._shown >= PROGRESS_SECONDS or step == self._settings.outer.num_outer_steps:
+            self._shown = time.monotonic()
+            write_text(self._folder / "progress.json", json.dumps({"step": step, **self._latest}))
+
+    def checkpoint(self, step: int, tensors: Mapping[str, Tensor], document: Mapping[str, Any]) -> None:
+        """Commits the points up to a step together with the state after it."""
+        self._segments.write(step)
+        path = checkpoint.path_of(paths.checkpoints(self._folder), step)
+        checkpoint.save(path, tensors, {"step": step, **document})
+        self._segments.commit(step)
+
+    def model(self, step: int, tensors: Mapping[str, Tensor], document: Mapping[str, Any]) -> None:
+        """Writes the result so far: meta-parameters with the configuration that makes them useful."""
+        checkpoint.save(
+            paths.model(self._folder), tensors, {"step": step, "config": config.to_json(self._settings), **document}
+        )

@@ -1,0 +1,94 @@
+"""How good an algorithm is on new tasks: adapt, predict the query set, and say how sure the mean is."""
+
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.func import vmap
+
+from distmaml.algorithms import Algorithm, MetaParams
+from distmaml.engine import stack_over_tasks
+from distmaml.episodes import Episode, TaskBatch
+from distmaml.objectives import Objective
+from distmaml.trees import Tree, tree_map
+
+Scores = dict[str, Tensor]
+"""Metric -> one value per inner step, ``[num_steps + 1]``; over tasks ``[num_tasks, num_steps + 1]``."""
+
+
+class Interval(NamedTuple):
+    """A mean with the half width of its 95 % interval."""
+
+    mean: float
+    half_width: float
+
+
+def score(
+    algorithm: Algorithm,
+    objective: Objective,
+    meta_params: MetaParams,
+    tasks: TaskBatch,
+    *,
+    num_steps: int,
+    inductive: bool,
+    vectorize: bool = True,
+) -> dict[str, Scores]:
+    """Query loss and metrics of each task from before adaptation to step `num_steps`; nothing random happens.
+
+    Two figures, because batch statistics see whatever is predicted together. "transductive" predicts the query set at
+    once, as the MAML papers do, so that a query item profits from the others. "inductive" predicts each item with the
+    support set alone. For a module without batch statistics both are the same.
+
+    Returns:
+      Batch-norm mode -> metric -> ``[num_tasks, num_steps + 1]``.
+    """
+
+    def of_task(task: Episode) -> dict[str, Scores]:
+        states = algorithm.adapt(meta_params, task.support, num_steps=num_steps)
+        scores = {"transductive": _stack([_judge(objective, predict_all(state, task), task) for state in states])}
+        if inductive:
+            each = [_judge(objective, _one_at_a_time(algorithm, meta_params, state, task), task) for state in states]
+            scores["inductive"] = _stack(each)
+        return scores
+
+    def predict_all(state: Tree, task: Episode) -> Tree:
+        return algorithm.predict(meta_params, state, task.query.inputs)
+
+    found: dict[str, Scores] = stack_over_tasks(
+        algorithm.adapt, of_task, tasks._replace(key=None), vectorize=vectorize
+    )
+    return found
+
+
+def interval(values: Tensor | Sequence[float]) -> Interval:
+    """Mean over episodes and its normal 95 % interval, ``1.96 * s / sqrt(n)``, as the few-shot papers print it."""
+    sample = torch.as_tensor(values, dtype=torch.float64)
+    half_width = 1.96 * float(sample.std(correction=1)) / math.sqrt(len(sample)) if len(sample) > 1 else math.inf
+    return Interval(float(sample.mean()), half_width)
+
+
+def _one_at_a_time(algorithm: Algorithm, meta_params: MetaParams, state: Tree, task: Episode) -> Tree:
+    """Outputs for the query inputs, each predicted together with the support inputs and nothing else."""
+
+    def predict(item: Tree) -> Tree:
+        together = tree_map(lambda s, q: torch.cat([s, q.unsqueeze(0)]), task.support.inputs, item)
+        return tree_map(lambda leaf: leaf[-1], algorithm.predict(meta_params, state, together))
+
+    try:
+        return vmap(predict)(task.query.inputs)
+    except (RuntimeError, NotImplementedError):  # a recurrent cell, say, has no batching rule
+        size = len(task.query.targets)
+        outputs = [predict(tree_map(lambda leaf, i=i: leaf[i], task.query.inputs)) for i in range(size)]
+        return tree_map(lambda *leaves: torch.stack(leaves), *outputs)
+
+
+def _judge(objective: Objective, outputs: Tree, task: Episode) -> Scores:
+    loss, metrics = objective.loss(outputs, task.query.targets)
+    return {"query_loss": loss, **{f"query_{name}": metric for name, metric in metrics.items()}}
+
+
+def _stack(states: Sequence[Scores]) -> Scores:
+    stacked: Scores = tree_map(lambda *values: torch.stack(values), *states)
+    return stacked

@@ -1,0 +1,94 @@
+"""N-way K-shot image classification over a class store.
+
+Vinyals et al. (2016), "Matching Networks for One Shot Learning", https://arxiv.org/abs/1606.04080; rotations as new
+classes as in Santoro et al. (2016), https://arxiv.org/abs/1605.06065.
+"""
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from distmaml.episodes import Batch, Episode, TaskBatch, fold_in, random_choice, random_ints, task_keys
+from distmaml.errors import DataError
+from distmaml.store import ClassRows
+
+
+class ImageTasks:
+    """Episodes of `num_ways` classes with `num_shots` support and `num_queries` query images each.
+
+    Inputs are float32 in [0, 1], ``[num_tasks, num_ways * num_samples, channels, height, width]``, sorted by class;
+    targets are int64 ``[num_tasks, num_ways * num_samples]`` in [0, num_ways).
+
+    Args:
+      images: ``[num_rows, channels, height, width]`` uint8, may be memory-mapped; only the rows drawn are copied.
+      classes: the classes of this split with their rows.
+      rotations: whether a class's rotations by 90, 180 and 270 degrees are classes of their own.
+
+    Raises:
+      DataError: too few classes, or a class with too few images, named.
+    """
+
+    def __init__(
+        self,
+        images: np.ndarray,
+        classes: Sequence[ClassRows],
+        *,
+        split: str,
+        seed: int,
+        num_ways: int,
+        num_shots: int,
+        num_queries: int,
+        rotations: bool,
+    ) -> None:
+        turns = 4 if rotations else 1
+        if len(classes) * turns < num_ways:
+            raise DataError(
+                f"num_ways={num_ways} asks for more classes than the {len(classes) * turns} of the {split} split. Lower "
+                "num_ways, or take another split."
+            )
+        smallest = min(classes, key=lambda entry: len(entry.rows))
+        if len(smallest.rows) < num_shots + num_queries:
+            raise DataError(
+                f"{num_shots} shots and {num_queries} queries need {num_shots + num_queries} images a class, but class "
+                f"{smallest.name!r} of the {split} split has {len(smallest.rows)}. Lower num_shots, num_queries or "
+                "num_eval_queries."
+            )
+        self.images, self.split, self.seed = images, split, seed
+        self.num_ways, self.num_shots, self.num_queries, self.turns = num_ways, num_shots, num_queries, turns
+        self.class_names = [entry.name for entry in classes]
+        self._counts = torch.tensor([len(entry.rows) for entry in classes])
+        self._rows = torch.zeros(len(classes), int(self._counts.max()), dtype=torch.int64)
+        for row, entry in zip(self._rows, classes, strict=True):
+            row[: len(entry.rows)] = torch.from_numpy(np.array(entry.rows))
+
+    def sample(self, indices: Sequence[int]) -> TaskBatch:
+        """The episodes with these indices; pure in (seed, split, index)."""
+        keys = task_keys(self.seed, self.split, indices)
+        classes, rows = self.draw(indices)
+        pixels = self.images[rows.numpy()]  # fancy indexing copies: the store itself is never handed out
+        quarter_turns = (classes % self.turns).numpy()
+        for turn in range(1, self.turns):
+            turned = quarter_turns == turn
+            pixels[turned] = np.rot90(pixels[turned], turn, axes=(-2, -1))
+        images = torch.from_numpy(pixels).to(torch.float32).div_(255)
+        labels = torch.arange(self.num_ways).expand(len(indices), -1)
+
+        def batch(samples: slice) -> Batch:
+            part = images[:, :, samples]
+            return Batch(part.flatten(1, 2), labels.repeat_interleave(part.shape[2], dim=1))
+
+        return Episode(batch(slice(None, self.num_shots)), batch(slice(self.num_shots, None)), fold_in(keys, 2))
+
+    def draw(self, indices: Sequence[int]) -> tuple[Tensor, Tensor]:
+        """Classes ``[num_tasks, num_ways]``, counted with their rotations, and store rows
+        ``[num_tasks, num_ways, num_shots + num_queries]`` of each episode."""
+        keys = task_keys(self.seed, self.split, indices)
+        classes = random_choice(fold_in(keys, 0), self.num_ways, len(self._counts) * self.turns)
+        bases = classes // self.turns
+        ways = fold_in(fold_in(keys, 1).unsqueeze(-1), torch.arange(self.num_ways))
+        order = random_ints(ways, self._rows.shape[1])
+        absent = torch.arange(self._rows.shape[1]) >= self._counts[bases].unsqueeze(-1)
+        samples = order.masked_fill(absent, 2**63 - 1).argsort(stable=True)[..., : self.num_shots + self.num_queries]
+        return classes, self._rows[bases].gather(-1, samples)

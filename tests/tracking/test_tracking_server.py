@@ -1,0 +1,195 @@
+"""Runs that are told to an MLflow server, which is stopped and started under them."""
+
+import logging
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+
+from distmaml.errors import TrackingError
+from distmaml.tracking.database import experiment_id, open_tracking
+from distmaml.tracking.runs import TrackedRun
+from distmaml.tracking.segments import SegmentWriter
+from distmaml.tracking.uploader import replay
+from distmaml.tracking.views import seed_view
+
+pytestmark = pytest.mark.ray
+
+
+class Server:
+    """A real `mlflow server` on a free port of this machine."""
+
+    def __init__(self, folder: Path) -> None:
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            self.port = probe.getsockname()[1]
+        self.uri = f"http://127.0.0.1:{self.port}"
+        self.folder = folder
+        self.process: subprocess.Popen[bytes] | None = None
+
+    def start(self) -> None:
+        command = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(self.port)]
+        command += ["--workers", "1", "--artifacts-destination", str(self.folder / "artifacts")]
+        environment = {
+            **os.environ,
+            "MLFLOW_BACKEND_STORE_URI": f"sqlite:///{self.folder}/server.db",
+            "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",
+            "MLFLOW_DISABLE_TELEMETRY": "true",
+        }
+        with (self.folder / "server.log").open("ab") as output:
+            self.process = subprocess.Popen(
+                command, cwd=self.folder, env=environment, stdout=output, stderr=output, start_new_session=True
+            )
+        deadline = time.monotonic() + 90
+        while True:
+            try:
+                with urllib.request.urlopen(f"{self.uri}/health", timeout=1):
+                    return
+            except (urllib.error.URLError, OSError):
+                assert time.monotonic() < deadline, (self.folder / "server.log").read_text()
+                assert self.process.poll() is None, (self.folder / "server.log").read_text()
+                time.sleep(0.1)
+
+    def stop(self) -> None:
+        if self.process is not None:
+            os.killpg(self.process.pid, signal.SIGKILL)  # its own session: the server and its workers
+            self.process.wait()
+            self.process = None
+
+
+class Outage(NamedTuple):
+    """What came of two runs: one that lived through an outage, one that began and ended in it."""
+
+    server: Server
+    through: Path
+    through_id: str
+    through_drained: bool
+    within: Path
+    within_id: str | None
+    within_drained: bool
+    warnings: list[str]
+
+
+def train(folder: Path, first: int, last: int) -> None:
+    writer = SegmentWriter(folder / "metrics", first - 1)
+    for step in range(first, last + 1):
+        writer.put(step, {"train/query_loss": 1 / step, "val/query_accuracy": 0.5})
+        if step % 50 == 0:
+            writer.write(step)
+            writer.commit(step)
+
+
+@pytest.fixture(scope="module")
+def outage(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Outage]:
+    output_dir = tmp_path_factory.mktemp("output")
+    server = Server(tmp_path_factory.mktemp("server"))
+    logger = logging.getLogger("distmaml.tracking")
+    warnings: list[str] = []
+    handler = logging.Handler()
+    handler.emit = lambda record: warnings.append(record.getMessage())  # type: ignore[method-assign]
+    server.start()
+    try:
+        through, within = output_dir / "runs" / "through", output_dir / "runs" / "within"
+        common = {"experiment": "outage", "params": {"inner_lr": 0.1}, "tags": {}, "poll_seconds": 0.1}
+        run = TrackedRun.start(through, tracking=open_tracking(output_dir, server.uri), name="through", **common)  # type: ignore[arg-type]
+        train(through, 1, 200)
+        through_id = run.run_id
+        assert through_id is not None
+        assert run.url == f"{server.uri}/#/experiments/{run.experiment_id}/runs/{through_id}"
+        (through / "table.json").write_text("{}")
+        run.add_artifact(through / "table.json", "tables")
+
+        logger.addHandler(handler)
+        server.stop()
+        train(through, 201, 400)
+        away = open_tracking(output_dir, server.uri)
+        short = TrackedRun.start(within, tracking=away, name="within", **common)  # type: ignore[arg-type]
+        train(within, 1, 100)
+        within_drained = short.end("FAILED", reason="diverged", timeout=0.5)
+        within_id = short.run_id
+        deadline = time.monotonic() + 10
+        while not any("through" in warning for warning in warnings):  # its uploader has noticed
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+
+        server.start()
+        train(through, 401, 600)
+        drained = run.end("FINISHED", timeout=60)
+        logger.removeHandler(handler)
+        yield Outage(server, through, through_id, drained, within, within_id, within_drained, warnings)
+    finally:
+        logger.removeHandler(handler)
+        server.stop()
+
+
+def steps(outage: Outage, run_id: str) -> list[int]:
+    client = open_tracking(outage.through, outage.server.uri).client()
+    return [metric.step for metric in client.get_metric_history(run_id, "train/query_loss")]
+
+
+def test_a_run_that_lives_through_an_outage_loses_nothing(outage: Outage) -> None:
+    assert outage.through_drained
+    assert steps(outage, outage.through_id) == list(range(1, 601))
+    client = open_tracking(outage.through, outage.server.uri).client()
+    run = client.get_run(outage.through_id)
+    assert (run.info.status, run.data.params["inner_lr"]) == ("FINISHED", "0.1")
+    assert [file.path for file in client.list_artifacts(outage.through_id, "tables")] == ["tables/table.json"]
+
+
+def test_an_outage_costs_one_warning_and_its_end_one(outage: Outage) -> None:
+    own = [warning for warning in outage.warnings if "within" not in warning and "cannot be reached" not in warning]
+    assert [warning.partition(" at ")[0] for warning in own] == ["Cannot write to MLflow", "MLflow"]
+    assert own[1].endswith("is back.")
+
+
+def test_a_run_within_an_outage_is_sent_afterwards_and_once(outage: Outage) -> None:
+    assert not outage.within_drained
+    assert outage.within_id is None
+    tracking = open_tracking(outage.within, outage.server.uri)
+    for _ in range(2):
+        assert replay(outage.within, tracking, timeout=60)
+        (outage.within / "tracking" / "sent.json").unlink()
+    client = tracking.client()
+    found = client.search_runs([experiment_id(tracking, client, "outage")], "attributes.run_name = 'within'")
+    assert [run.info.status for run in found] == ["FAILED"]
+    assert found[0].data.tags["distmaml.reason"] == "diverged"
+    assert steps(outage, found[0].info.run_id) == list(range(1, 101))
+
+
+def test_a_refused_name_arrives_as_a_refusal_from_a_server_too(outage: Outage, tmp_path: Path) -> None:
+    tracking = open_tracking(tmp_path, outage.server.uri)
+    run = TrackedRun.start(
+        tmp_path / "run", tracking=tracking, experiment="refusals", name="r", params={}, tags={}, poll_seconds=0.1
+    )
+    run.add_metrics(1, {"train/query_loss": 1.0, "bad=name": 2.0, "val/query_loss": float("nan")})
+    assert run.end("FINISHED", timeout=30)
+    metrics = tracking.client().get_run(run.run_id).data.metrics
+    assert metrics.keys() == {"train/query_loss", "val/query_loss"}
+    assert "bad=name" in (tmp_path / "run" / "tracking" / "refused.jsonl").read_text()
+
+
+def test_an_experiment_that_a_server_refuses_is_an_error_at_the_start(outage: Outage, tmp_path: Path) -> None:
+    tracking = open_tracking(tmp_path, outage.server.uri)
+    with pytest.raises(TrackingError, match="refuses the run"):
+        TrackedRun.start(tmp_path / "run", tracking=tracking, experiment="x" * 600, name="r", params={}, tags={})
+
+
+def test_a_view_is_kept_by_a_server(outage: Outage) -> None:
+    tracking = open_tracking(outage.through, outage.server.uri)
+    experiment = experiment_id(tracking, tracking.client(), "outage")
+    link = seed_view(
+        tracking, experiment, params=["inner_lr"], best="best/query_loss", test="test/query_loss",
+        curves=["train/query_loss"], lower_is_better=True,
+    )  # fmt: skip
+    assert link is not None
+    with urllib.request.urlopen(f"{outage.server.uri}{link}", timeout=10) as page:
+        assert page.status == 200
