@@ -42,12 +42,33 @@ class Learner(NamedTuple):
     vectorize: bool
 
 
-def learner(config: Config, tasks: TaskDistribution, device: torch.device) -> Learner:
-    """Algorithm, objective and initial meta-parameters, which depend on the seed alone."""
+class Shapes(NamedTuple):
+    """What a model must know of its tasks."""
+
+    input_shape: tuple[int, ...]
+    """Shape of one input."""
+    num_outputs: int
+    """Ways of a classification, values of a regression target."""
+
+
+def shapes(tasks: TaskDistribution) -> Shapes:
+    """The shapes of a distribution, read off its task 0. Inputs that are no single tensor have none."""
+    support = tasks.sample([0]).support
+    inputs, targets = support.inputs, support.targets
+    num_outputs = targets.shape[-1] if targets.is_floating_point() else int(targets.max()) + 1
+    return Shapes(tuple(inputs.shape[2:]) if isinstance(inputs, torch.Tensor) else (), num_outputs)
+
+
+def learner(config: Config, shapes: Shapes, device: torch.device, *, module: nn.Module | None = None) -> Learner:
+    """Algorithm, objective and initial meta-parameters, which depend on the seed alone.
+
+    Args:
+      module: takes the place of the one that the configuration names.
+    """
     generator = torch.Generator().manual_seed(config.outer.seed)
     with torch.random.fork_rng([]):
         torch.manual_seed(config.outer.seed)
-        module = _module(config, tasks)
+        module = _module(config, shapes) if module is None else module
     module = module.to(device, getattr(torch, config.outer.precision))
     objective: Objective = resolve("objective", config.objective, OBJECTIVES)(module)
     factory = resolve("algorithm", config.algorithm, ALGORITHMS)
@@ -109,8 +130,8 @@ def store(config: Config) -> ClassStore | None:
     return open_store(path)
 
 
-def dataset_record(config: Config) -> dict[str, str] | None:
-    """What identifies the data of a run: name, source, content_hash, split and split_hash."""
+def dataset_record(config: Config) -> dict[str, Any] | None:
+    """What identifies the data of a run: name, source, content_hash, ink, split and split_hash; None without a store."""
     opened = store(config)
     if opened is None:
         return None
@@ -120,6 +141,7 @@ def dataset_record(config: Config) -> dict[str, str] | None:
         "name": opened.info.name,
         "source": opened.info.source,
         "content_hash": opened.info.content_hash,
+        "ink": opened.info.ink,
         "split": scheme,
         "split_hash": opened.split_hash(scheme),
     }
@@ -153,16 +175,10 @@ def import_attribute(path: str) -> Any:
         raise ConfigError(f"module {module_name!r} has no attribute {attribute!r}.") from None
 
 
-def _module(config: Config, tasks: TaskDistribution) -> nn.Module:
+def _module(config: Config, shapes: Shapes) -> nn.Module:
     factory = resolve("model", config.model, MODELS)
     arguments = _arguments(config.model, config.model_options)
-    if is_custom(config.model):
-        module = factory(**arguments)
-    else:
-        support = tasks.sample([0]).support
-        inputs, targets = support.inputs[0], support.targets[0]
-        outputs = targets.shape[-1] if targets.is_floating_point() else int(targets.max()) + 1
-        module = factory(tuple(inputs.shape[1:]), outputs, **arguments)
+    module = factory(**arguments) if is_custom(config.model) else factory(*shapes, **arguments)
     if not isinstance(module, nn.Module):
         raise ConfigError(f"model={config.model!r} returned a {type(module).__name__}, not a torch.nn.Module.")
     return module

@@ -35,12 +35,12 @@ def train(config: Config, worker: Worker) -> dict[str, float]:
       DivergenceError: a loss or gradient that is not finite; checkpoints from before it are kept.
     """
     options, evaluation = config.outer, config.evaluation
-    folder = paths.run_folder(config)
     tasks = build.task_distributions(config)
-    learner = build.learner(config, tasks["train"], worker.device)
+    shapes = build.shapes(tasks["train"])
+    learner = build.learner(config, shapes, worker.device)
     state = init_outer(learner.meta_params, options)
     start, best, stale = _restore(config, worker, state)
-    recorder = Recorder(config, folder, start) if worker.rank == 0 else None
+    recorder = Recorder(config, start, shapes=shapes._asdict()) if worker.rank == 0 else None
     shards = shard(options.meta_batch_size, options.reduction_chunk, worker.rank, worker.world_size)
     num_chunks = -(-options.meta_batch_size // options.reduction_chunk)
     like = _shape_of_sums(config, worker, learner, tasks["train"])
@@ -108,7 +108,7 @@ def evaluate(config: Config, worker: Worker, *, split: str = "test", step: int |
     """
     evaluation, folder = config.evaluation, paths.run_folder(config)
     tasks = build.task_distributions(config)
-    learner = build.learner(config, tasks["train"], worker.device)
+    learner = build.learner(config, build.shapes(tasks["train"]), worker.device)
     if step is None:
         tensors, document = checkpoint.load(paths.model(folder))
     else:

@@ -3,12 +3,11 @@
 import json
 import time
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
-from distmaml import checkpoint, config, paths
+from distmaml import build, checkpoint, config, paths
 from distmaml.config import Config
 from distmaml.files import write_text
 from distmaml.tracking.segments import SegmentWriter
@@ -19,9 +18,14 @@ PROGRESS_SECONDS = 1.0
 class Recorder:
     """Writes the files of one training run; on rank 0 only."""
 
-    def __init__(self, settings: Config, folder: Path, restored_step: int) -> None:
-        self._settings, self._folder = settings, folder
-        self._segments = SegmentWriter(paths.metrics(folder), restored_step)
+    def __init__(self, settings: Config, restored_step: int, *, shapes: Mapping[str, Any]) -> None:
+        self._settings, self._folder = settings, paths.run_folder(settings)
+        self._origin = {
+            "config": config.to_json(settings),
+            "shapes": dict(shapes),
+            "dataset": build.dataset_record(settings),
+        }
+        self._segments = SegmentWriter(paths.metrics(self._folder), restored_step)
         self._shown = 0.0
         self._latest: dict[str, float] = {}
 
@@ -45,6 +49,4 @@ class Recorder:
 
     def model(self, step: int, tensors: Mapping[str, Tensor], document: Mapping[str, Any]) -> None:
         """Writes the result so far: meta-parameters with the configuration that makes them useful."""
-        checkpoint.save(
-            paths.model(self._folder), tensors, {"step": step, "config": config.to_json(self._settings), **document}
-        )
+        checkpoint.save(paths.model(self._folder), tensors, {"step": step, **self._origin, **document})

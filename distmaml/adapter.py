@@ -1,0 +1,151 @@
+"""The result of a training run, for use without Ray: adapt to a handful of examples, then predict.
+
+    model = distmaml.load("model.safetensors")
+    adapted = model.adapt(Batch(images, labels))
+    probabilities = adapted.predict(new_images)
+"""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from distmaml import build, checkpoint
+from distmaml.config import Config, ImageTasks, from_json, is_custom
+from distmaml.datasets.images import read_image
+from distmaml.episodes import Batch
+from distmaml.errors import CheckpointError, ConfigError, DataError
+from distmaml.trees import Tree, tree_leaves, tree_names, tree_unflatten
+
+
+class FewShotModel:
+    """A meta-trained model, not yet adapted to any task.
+
+    Attributes:
+      config: how it was trained.
+      num_outputs: ways of its tasks, or values of its regression target.
+    """
+
+    def __init__(self, config: Config, shapes: build.Shapes, learner: build.Learner, ink: bool) -> None:
+        self.config, self.num_outputs = config, shapes.num_outputs
+        self._shapes, self._learner, self._ink = shapes, learner, ink
+
+    def adapt(self, support: Batch, num_steps: int | None = None) -> "AdaptedModel":
+        """Adapts to one task.
+
+        Args:
+          support: inputs ``[num_samples, *input_shape]`` and targets; labels are ``[num_samples]`` in
+            [0, num_outputs). Any number of shots will do.
+          num_steps: inner steps; as many as in the evaluation of the run by default.
+
+        Raises:
+          DataError: inputs of another shape, labels out of range.
+        """
+        inputs, targets = self._inputs(support.inputs), torch.as_tensor(support.targets)
+        if len(inputs) != len(targets) or not len(targets):
+            raise DataError(f"{len(inputs)} support inputs and {len(targets)} targets; there must be equally many, 1 or more.")
+        if not targets.is_floating_point() and (int(targets.min()) < 0 or int(targets.max()) >= self.num_outputs):
+            raise DataError(
+                f"labels from {int(targets.min())} to {int(targets.max())}: this model tells {self.num_outputs} classes "
+                f"apart, so labels must lie in [0, {self.num_outputs})."
+            )
+        targets = targets.to(inputs.dtype) if targets.is_floating_point() else targets.long()
+        steps = self.config.evaluation.num_eval_steps if num_steps is None else num_steps
+        if steps < 0:
+            raise ConfigError(f"num_steps={steps} must be 0 or more.")
+        state = self._learner.algorithm.adapt(self._learner.meta_params, Batch(inputs, targets), num_steps=steps)[-1]
+        return AdaptedModel(self, state, inputs)
+
+    def read_pictures(self, files: Sequence[Path]) -> Tensor:
+        """Pictures as this model's inputs, ``[num_files, channels, height, width]`` in [0, 1].
+
+        They are read as its training data were: resized, and for drawings inverted, so that dark ink on light paper is
+        what the model knows.
+
+        Raises:
+          ConfigError: the model does not see images.
+          DataError: a file that is no picture, named.
+        """
+        options = self.config.task_options
+        if not isinstance(options, ImageTasks):
+            raise ConfigError(f"this model was trained on {self.config.tasks!r}, not on images.")
+        channels, height, _ = self._shapes.input_shape
+        images = [read_image(file, image_size=height, color=channels == 3, ink=self._ink) for file in files]
+        return torch.from_numpy(np.stack(images)).to(torch.float32) / 255
+
+    def _inputs(self, inputs: Any) -> Tensor:
+        tensor = torch.as_tensor(inputs)
+        if self._shapes.input_shape and tuple(tensor.shape[1:]) != self._shapes.input_shape:
+            raise DataError(
+                f"inputs of shape {list(tensor.shape)}; this model takes [num_samples, "
+                f"{', '.join(map(str, self._shapes.input_shape))}]."
+            )
+        return tensor.to(getattr(torch, self.config.outer.precision)) if tensor.is_floating_point() else tensor
+
+
+class AdaptedModel:
+    """A model that knows its task."""
+
+    def __init__(self, model: FewShotModel, state: Any, support_inputs: Tensor) -> None:
+        self._model, self._state, self._support_inputs = model, state, support_inputs
+
+    def predict(self, query: Any, *, transductive: bool = False) -> Tensor:
+        """Class probabilities ``[num_samples, num_outputs]``, or for a regression the predicted values.
+
+        Args:
+          query: inputs ``[num_samples, *input_shape]``.
+          transductive: predict all queries at once. A model with batch statistics then profits from the others, as
+            in the figures of the MAML papers, but its answer depends on what else is asked. By default each
+            query is predicted with the support set alone.
+        """
+        inputs, learner = self._model._inputs(query), self._model._learner
+
+        def outputs(batch: Tree) -> Tensor:
+            found: Tensor = learner.algorithm.predict(learner.meta_params, self._state, batch)
+            return found
+
+        with torch.no_grad():
+            if transductive:
+                predicted = outputs(inputs)
+            else:
+                predicted = torch.stack([outputs(torch.cat([self._support_inputs, item[None]]))[-1] for item in inputs])
+        return predicted.softmax(-1) if self._model.config.objective == "classification" else predicted
+
+
+def load(path: str | Path, *, model: Callable[[], nn.Module] | None = None) -> FewShotModel:
+    """Reads the model that a training run wrote. No code is run that the file names, and nothing is unpickled.
+
+    Args:
+      path: ``model.safetensors``, or the folder of a run.
+      model: makes the module, for a run whose model was a user's own ``package.module:attribute``.
+
+    Raises:
+      CheckpointError: a damaged or foreign file.
+      ConfigError: the run used code of its own that is not given here.
+    """
+    file = Path(path)
+    tensors, document = checkpoint.load(file / "model.safetensors" if file.is_dir() else file)
+    try:
+        config = from_json(document["config"])
+        shapes = build.Shapes(tuple(document["shapes"]["input_shape"]), document["shapes"]["num_outputs"])
+        ink = bool((document["dataset"] or {}).get("ink", False))
+    except (KeyError, TypeError) as error:
+        raise CheckpointError(f"{file} is a checkpoint but not a model: {error} is missing from its header.") from None
+    foreign = [name for name in (config.algorithm, config.objective, *([] if model else [config.model])) if is_custom(name)]
+    if foreign:
+        raise ConfigError(
+            f"{file} was trained with {', '.join(foreign)}. A file may not say which code to run: give the module yourself "
+            "by load(path, model=...)."
+        )
+    learner = build.learner(config, shapes, torch.device("cpu"), module=model() if model else None)
+    names = tree_names(learner.meta_params)
+    expected = dict(zip(names, tree_leaves(learner.meta_params), strict=True))
+    wrong = [name for name in {*expected, *tensors} if name not in expected or name not in tensors
+             or tensors[name].shape != expected[name].shape]  # fmt: skip
+    if wrong:
+        raise CheckpointError(f"{file} does not fit its own configuration: {', '.join(sorted(wrong)[:3])}.")
+    meta_params = tree_unflatten(learner.meta_params, [tensors[name] for name in names])
+    return FewShotModel(config, shapes, learner._replace(meta_params=meta_params), ink)
