@@ -25,7 +25,8 @@ _ENVIRONMENT = {
     "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",  # otherwise printed lines come twice
     "RAY_TRAIN_METRICS_ENABLED": "0",
     "RAY_USAGE_STATS_ENABLED": "0",
-    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+    "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",  # nobody asks it yet, and it logs an error at every start
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",  # the coming default; without it Ray prints a FutureWarning
 }
 _WORKER_ENVIRONMENT = {
     "OMP_NUM_THREADS": "1",  # a worker a core: two threads in one process are worth 1.4 (Conv4, two cores)
@@ -156,7 +157,8 @@ class RayWorker:
         self.rank: int = context.get_world_rank()
         self.world_size: int = context.get_world_size()
         self.device: torch.device = get_device()
-        logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
+        handler = logging.StreamHandler(sys.stderr)
+        logging.getLogger("distmaml").handlers[:] = [handler]  # not the root: Ray would log every report through it
 
     def report(self, metrics: Mapping[str, float]) -> None:
         """Hands metrics to Ray Train; costs a fraction of a second, so only at checkpoints."""

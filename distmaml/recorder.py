@@ -10,7 +10,7 @@ from torch import Tensor
 from distmaml import build, checkpoint, config, paths
 from distmaml.config import Config
 from distmaml.files import write_text
-from distmaml.tracking.segments import SegmentWriter
+from distmaml.segments import SegmentWriter
 
 PROGRESS_SECONDS = 1.0
 

@@ -20,7 +20,7 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from distmaml.errors import RunError
-from distmaml.tracking.segments import write_durably
+from distmaml.segments import write_durably
 
 
 @dataclass(frozen=True)

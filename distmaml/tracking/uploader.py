@@ -28,7 +28,7 @@ from mlflow.exceptions import MlflowException
 from distmaml.errors import RunError, TrackingError
 from distmaml.tracking.database import Tracking, experiment_id
 from distmaml.tracking.outbox import Dataset, Outbox, Sent
-from distmaml.tracking.segments import committed_segments, read_points
+from distmaml.segments import committed_segments, read_points
 
 log = logging.getLogger(__name__)
 

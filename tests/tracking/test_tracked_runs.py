@@ -22,7 +22,7 @@ from distmaml.errors import RunError, TrackingError
 from distmaml.tracking.database import Tracking, experiment_id, open_tracking
 from distmaml.tracking.outbox import Dataset, Outbox
 from distmaml.tracking.runs import TrackedRun, sweep
-from distmaml.tracking.segments import SegmentWriter
+from distmaml.segments import SegmentWriter
 from distmaml.tracking.uploader import Status, replay
 from distmaml.tracking.views import seed_view
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from distmaml.tracking.segments import Point, Segment, SegmentWriter, committed_segments, committed_step, read_points
+from distmaml.segments import Point, Segment, SegmentWriter, committed_segments, committed_step, read_points
 
 
 def steps_in(folder: Path) -> list[int]:
@@ -100,5 +100,5 @@ def test_a_damaged_line_is_named(tmp_path: Path) -> None:
 
 
 def test_a_worker_that_writes_segments_imports_no_mlflow() -> None:
-    code = "import sys, distmaml.tracking.segments, distmaml.tracking.outbox; assert 'mlflow' not in sys.modules"
+    code = "import sys, distmaml.segments, distmaml.tracking.outbox; assert 'mlflow' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)

@@ -1,0 +1,60 @@
+"""The command line of the jobs: recipes, options by flat names, and errors as one line."""
+
+import argparse
+import sys
+from collections.abc import Callable, Sequence
+
+import tyro
+
+from distmaml import paths
+from distmaml.config import OPTIONS, Config, override
+from distmaml.errors import ConfigError, DistmamlError, unknown
+from distmaml.recipes import RECIPES
+
+
+def parse_recipe(arguments: Sequence[str], *, prog: str, description: str | None) -> Config:
+    """The configuration that ``RECIPE [options]`` names.
+
+    ``--algorithm``, ``--model`` and ``--tasks`` are looked at first: they decide which other options there are.
+
+    Raises:
+      ConfigError: an unknown recipe, algorithm, model or task distribution.
+    """
+    if not arguments or arguments[0] in ("-h", "--help"):
+        listed = "\n".join(f"  {name:24s}{(recipe.__doc__ or '').splitlines()[0]}" for name, recipe in RECIPES.items())
+        print(f"usage: {prog} RECIPE [options]\n\n{description}\n\nrecipes:\n{listed}\n\n{prog} RECIPE --help lists its options.")
+        raise SystemExit(0)
+    name = arguments[0]
+    if name not in RECIPES:
+        raise ConfigError(unknown("recipe", name, RECIPES))
+    selectors = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    for selector in OPTIONS:
+        selectors.add_argument(f"--{selector}")
+    chosen, _ = selectors.parse_known_args(arguments[1:])
+    default = override(RECIPES[name](), {k: v for k, v in vars(chosen).items() if v is not None})
+    parsed: Config = tyro.cli(
+        tyro.conf.configure(tyro.conf.OmitArgPrefixes, tyro.conf.AvoidSubcommands, tyro.conf.SuppressFixed)(Config),
+        default=default,
+        args=list(arguments[1:]),
+        prog=f"{prog} {name}",
+        description=RECIPES[name].__doc__,
+    )
+    return parsed
+
+
+def guarded(main: Callable[[], int]) -> int:
+    """Runs a job; an error raised on purpose is one line and status 2, a stop by a signal is status 130."""
+    try:
+        return main()
+    except DistmamlError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("stopped; the last checkpoint is kept, go on with --resume", file=sys.stderr)
+        return 130
+
+
+def ui_command(config: Config) -> str:
+    """The command that opens the MLflow UI on the runs of this output folder."""
+    output = paths.output_dir(config.run.output_dir)
+    return config.run.tracking_uri or f"mlflow ui --backend-store-uri sqlite:///{output / 'mlflow.db'}"

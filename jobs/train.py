@@ -1,0 +1,22 @@
+"""Meta-trains one model: ``python jobs/train.py RECIPE [options]``; ``--help`` lists both."""
+
+import sys
+
+from distmaml import cli, driver
+
+
+def main() -> int:
+    """Parses, trains, prints the result."""
+    config = cli.parse_recipe(sys.argv[1:], prog="jobs/train.py", description=__doc__)
+    outcome = driver.train(config)
+    print(f"\nTest on {config.evaluation.num_test_episodes} episodes of classes it never saw:" if outcome.scores else "")
+    if outcome.scores:
+        print(driver.table(outcome.scores))
+    print(f"\nmodel     {outcome.folder / 'model.safetensors'}")
+    print(f"pictures  {outcome.folder / 'artifacts'}")
+    print(f"compare   {cli.ui_command(config)}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(cli.guarded(main))
