@@ -1,8 +1,8 @@
 """The result of a training run, for use without Ray: adapt to a handful of examples, then predict.
 
-    model = distmaml.load("model.safetensors")
-    adapted = model.adapt(Batch(images, labels))
-    probabilities = adapted.predict(new_images)
+model = distmaml.load("model.safetensors")
+adapted = model.adapt(Batch(images, labels))
+probabilities = adapted.predict(new_images)
 """
 
 from collections.abc import Callable, Sequence
@@ -46,11 +46,13 @@ class FewShotModel:
         """
         inputs, targets = self._inputs(support.inputs), torch.as_tensor(support.targets)
         if len(inputs) != len(targets) or not len(targets):
-            raise DataError(f"{len(inputs)} support inputs and {len(targets)} targets; there must be equally many, 1 or more.")
+            raise DataError(
+                f"{len(inputs)} support inputs and {len(targets)} targets; there must be equally many, 1 or more."
+            )
         if not targets.is_floating_point() and (int(targets.min()) < 0 or int(targets.max()) >= self.num_outputs):
             raise DataError(
-                f"labels from {int(targets.min())} to {int(targets.max())}: this model tells {self.num_outputs} classes "
-                f"apart, so labels must lie in [0, {self.num_outputs})."
+                f"labels from {int(targets.min())} to {int(targets.max())}: this model tells {self.num_outputs} "
+                f"classes apart, so labels must lie in [0, {self.num_outputs})."
             )
         targets = targets.to(inputs.dtype) if targets.is_floating_point() else targets.long()
         steps = self.config.evaluation.num_eval_steps if num_steps is None else num_steps
@@ -134,11 +136,12 @@ def load(path: str | Path, *, model: Callable[[], nn.Module] | None = None) -> F
         ink = bool((document["dataset"] or {}).get("ink", False))
     except (KeyError, TypeError) as error:
         raise CheckpointError(f"{file} is a checkpoint but not a model: {error} is missing from its header.") from None
-    foreign = [name for name in (config.algorithm, config.objective, *([] if model else [config.model])) if is_custom(name)]
+    named = [config.algorithm, config.objective, *([] if model else [config.model])]
+    foreign = [name for name in named if is_custom(name)]
     if foreign:
         raise ConfigError(
-            f"{file} was trained with {', '.join(foreign)}. A file may not say which code to run: give the module yourself "
-            "by load(path, model=...)."
+            f"{file} was trained with {', '.join(foreign)}. A file may not say which code to run: give the module "
+            "yourself by load(path, model=...)."
         )
     learner = build.learner(config, shapes, torch.device("cpu"), module=model() if model else None)
     names = tree_names(learner.meta_params)

@@ -32,8 +32,8 @@ class Learner(NamedTuple):
     """What learns: an algorithm on a model.
 
     Attributes:
-      vectorize: whether tasks are computed side by side. Per-task weights turn a convolution into a grouped one, which a
-        GPU wants and a CPU is slower at than one task after the other.
+      vectorize: whether tasks are computed side by side. Per-task weights turn a convolution into a grouped one, which
+        a GPU wants and a CPU is slower at than one task after the other.
     """
 
     algorithm: Algorithm
@@ -93,7 +93,8 @@ def task_distributions(config: Config) -> dict[str, TaskDistribution]:
         if "num_eval_queries" in arguments:
             evaluating["num_queries"] = evaluating.pop("num_eval_queries")
             arguments.pop("num_eval_queries")
-        return {split: factory(split=split, seed=seed, **(arguments if split == "train" else evaluating)) for split in SPLITS}
+        chosen = {split: arguments if split == "train" else evaluating for split in SPLITS}
+        return {split: factory(split=split, seed=seed, **chosen[split]) for split in SPLITS}
     opened = store(config)
     assert opened is not None
     cls = resolve("tasks", config.tasks, TASKS)
@@ -131,7 +132,7 @@ def store(config: Config) -> ClassStore | None:
 
 
 def dataset_record(config: Config) -> dict[str, Any] | None:
-    """What identifies the data of a run: name, source, content_hash, ink, split and split_hash; None without a store."""
+    """What identifies a run's data: name, source, content_hash, ink, split and split_hash; None without a store."""
     opened = store(config)
     if opened is None:
         return None

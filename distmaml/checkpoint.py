@@ -1,7 +1,7 @@
 """Tensors and what belongs to them in one file: no pickle, written as a whole or not at all.
 
-A file is safetensors (https://github.com/huggingface/safetensors) with one JSON document in its header. One file and one
-rename make a checkpoint atomic on any file system.
+A file is safetensors (https://github.com/huggingface/safetensors) with one JSON document in its header. One file and
+one rename make a checkpoint atomic on any file system.
 """
 
 import json
@@ -15,7 +15,7 @@ import safetensors.torch
 from torch import Tensor
 
 from distmaml.errors import CheckpointError
-from distmaml.files import atomic_file
+from distmaml.files import atomic_file, disk_errors
 
 log = logging.getLogger("distmaml")
 
@@ -23,11 +23,15 @@ FORMAT = 1
 
 
 def save(path: Path, tensors: Mapping[str, Tensor], document: Mapping[str, Any]) -> None:
-    """Writes tensors and a JSON document."""
+    """Writes tensors and a JSON document.
+
+    Raises:
+      RunError: a full disk, a folder that cannot be written.
+    """
     whole = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     header = {"distmaml": json.dumps({"format": FORMAT, **document})}
     data = safetensors.torch.save(whole, header)
-    with atomic_file(path) as file:
+    with disk_errors(path), atomic_file(path) as file:
         file.write(data)
 
 
@@ -48,7 +52,9 @@ def load(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     if not isinstance(document, dict) or "format" not in document:
         raise CheckpointError(f"{path} was not written by distmaml: its header has no distmaml document.")
     if document["format"] != FORMAT:
-        raise CheckpointError(f"{path} has format {document['format']}; this version of distmaml reads format {FORMAT}.")
+        raise CheckpointError(
+            f"{path} has format {document['format']}; this version of distmaml reads format {FORMAT}."
+        )
     return tensors, document
 
 

@@ -22,7 +22,8 @@ def parse_recipe(arguments: Sequence[str], *, prog: str, description: str | None
     """
     if not arguments or arguments[0] in ("-h", "--help"):
         listed = "\n".join(f"  {name:24s}{(recipe.__doc__ or '').splitlines()[0]}" for name, recipe in RECIPES.items())
-        print(f"usage: {prog} RECIPE [options]\n\n{description}\n\nrecipes:\n{listed}\n\n{prog} RECIPE --help lists its options.")
+        print(f"usage: {prog} RECIPE [options]\n\n{description}\n\nrecipes:\n{listed}")
+        print(f"\n{prog} RECIPE --help lists its options.")
         raise SystemExit(0)
     name = arguments[0]
     if name not in RECIPES:
@@ -42,7 +43,7 @@ def parse_recipe(arguments: Sequence[str], *, prog: str, description: str | None
     return parsed
 
 
-def guarded(main: Callable[[], int]) -> int:
+def guarded(main: Callable[[], int | None]) -> int | None:
     """Runs a job; an error raised on purpose is one line and status 2, a stop by a signal is status 130."""
     try:
         return main()
@@ -56,5 +57,6 @@ def guarded(main: Callable[[], int]) -> int:
 
 def ui_command(config: Config) -> str:
     """The command that opens the MLflow UI on the runs of this output folder."""
-    output = paths.output_dir(config.run.output_dir)
-    return config.run.tracking_uri or f"mlflow ui --backend-store-uri sqlite:///{output / 'mlflow.db'}"
+    if config.run.tracking_uri:
+        return config.run.tracking_uri
+    return f"DISTMAML_HOME={paths.output_dir(config.run.output_dir)} make ui"

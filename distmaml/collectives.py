@@ -29,10 +29,10 @@ def mean_over_tasks(
 ) -> tuple[Tree, int]:
     """The mean over the tasks of all workers, and their number.
 
-    One all-reduce carries everything: gradients, metrics and the number of tasks, flat. With ``ordered`` it carries a row
-    a chunk. A row is zero on all workers but the one that computed it, so the reduction adds nothing but zeros
-    to it, in whatever order; then every worker adds the rows by index. That makes the result the same to the
-    last bit for every number of workers, for `num_chunks` times the traffic.
+    One all-reduce carries everything: gradients, metrics and the number of tasks, flat. With ``ordered`` it carries a
+    row a chunk. A row is zero on all workers but the one that computed it, so the reduction adds nothing but zeros to
+    it, in whatever order; then every worker adds the rows by index. That makes the result the same to the last bit
+    for every number of workers, for `num_chunks` times the traffic.
 
     Args:
       chunk_sums: this worker's chunks: index -> (sum over the chunk's tasks, number of tasks). May be empty.

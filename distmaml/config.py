@@ -372,12 +372,13 @@ def _typed(name: str, value: Any, hint: Any) -> Any:
     raise ConfigError(f"{name}={value!r} is not of the type {hint}.")
 
 
-_POSITIVE = (
-    "num_inner_steps num_filters image_size num_ways num_shots num_queries num_eval_queries num_outer_steps "
-    "meta_batch_size reduction_chunk num_workers num_eval_steps log_every checkpoint_every num_val_episodes patience"
-).split()
-_NOT_NEGATIVE = "val_every num_test_episodes weight_decay max_failures seed".split()
-_POSITIVE_RATES = "inner_lr outer_lr clip_norm gpus_per_worker".split()
+_POSITIVE = {
+    "num_inner_steps", "num_filters", "image_size", "num_ways", "num_shots", "num_queries", "num_eval_queries",
+    "num_outer_steps", "meta_batch_size", "reduction_chunk", "num_workers", "num_eval_steps", "log_every",
+    "checkpoint_every", "num_val_episodes", "patience",
+}  # fmt: skip
+_NOT_NEGATIVE = {"val_every", "num_test_episodes", "weight_decay", "max_failures", "seed"}
+_POSITIVE_RATES = {"inner_lr", "outer_lr", "clip_norm", "gpus_per_worker"}
 
 
 def check(config: Config) -> None:

@@ -110,4 +110,5 @@ def _signed(value: int) -> int:
 
 def _shift(value: Tensor, bits: int) -> Tensor:
     """Logical right shift; torch's own keeps the sign."""
-    return torch.bitwise_right_shift(value, bits) & (2 ** (64 - bits) - 1)
+    shifted: Tensor = torch.bitwise_right_shift(value, bits) & (2 ** (64 - bits) - 1)
+    return shifted

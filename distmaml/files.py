@@ -1,46 +1,57 @@
 """Files that are there as a whole or not at all."""
 
+import contextlib
 import os
+import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from typing import IO
+from typing import BinaryIO
 
 from distmaml.errors import RunError
 
 
-@contextmanager
-def atomic_file(path: Path) -> Iterator[IO[bytes]]:
-    """A file to write, which takes its name only when the block ends well; durable across a power cut.
+@contextlib.contextmanager
+def atomic_file(path: Path) -> Iterator[BinaryIO]:
+    """A file to write that becomes `path` when the block ends, and vanishes when the block fails.
 
-    Raises:
-      RunError: a full disk, a read-only or missing folder. Nothing half-written stays behind.
+    After a crash or a power cut at any moment `path` has its old content or its new one. Not `tempfile`, whose files
+    nobody else could read: stores and checkpoints are shared.
     """
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f".{path.name}.{uuid.uuid4().hex}.part")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with part.open("wb") as file:
+        with part.open("xb") as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
         part.replace(path)
-        _sync_folder(path.parent)
-    except OSError as error:
-        raise RunError(f"cannot write {path}: {error.strerror or error}. Make room or name another folder.") from error
+    except BaseException:
+        with contextlib.suppress(OSError):
+            part.unlink()
+        raise
+    folder = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(folder)  # otherwise a power cut can undo the rename
     finally:
-        part.unlink(missing_ok=True)
+        os.close(folder)
+
+
+@contextlib.contextmanager
+def disk_errors(path: Path) -> Iterator[None]:
+    """Turns an OSError of writing `path` into a RunError with the way out."""
+    try:
+        yield
+    except OSError as error:
+        raise RunError(
+            f"cannot write {path}: {error.strerror or error}. Make room or choose another folder with --output-dir."
+        ) from error
 
 
 def write_text(path: Path, text: str) -> None:
-    """Replaces a text file as a whole: after a crash at any moment it has the old content or the new."""
-    with atomic_file(path) as file:
+    """Replaces a text file as a whole.
+
+    Raises:
+      RunError: a full disk, a folder that cannot be written.
+    """
+    with disk_errors(path), atomic_file(path) as file:
         file.write(text.encode())
-
-
-def _sync_folder(folder: Path) -> None:
-    """Otherwise a power cut can undo the rename."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -43,11 +43,17 @@ class UpdateRule(NamedTuple):
 
 def sgd(inner_lr: float) -> UpdateRule:
     """``U = phi - alpha * g`` with a fixed alpha: the cotangents of phi and g are lambda and -alpha * lambda."""
-    return UpdateRule(
-        step=lambda rule_params, params, grads, k: tree_map(lambda p, g: torch.sub(p, g, alpha=inner_lr), params, grads),
-        pull_back=lambda rule_params, params, grads, k, adjoint: ((), adjoint, tree_map(lambda l: -inner_lr * l, adjoint)),
-        needs_grads=False,
-    )  # fmt: skip
+
+    def step(rule_params: Tree, params: Params, grads: Params, k: int) -> Params:
+        moved: Params = tree_map(lambda p, g: torch.sub(p, g, alpha=inner_lr), params, grads)
+        return moved
+
+    def pull_back(
+        rule_params: Tree, params: Params, grads: Params | None, k: int, adjoint: Params
+    ) -> tuple[Tree, Params, Params]:
+        return (), adjoint, tree_map(lambda entry: -inner_lr * entry, adjoint)
+
+    return UpdateRule(step, pull_back, needs_grads=False)
 
 
 def differentiable(step: Callable[[Tree, Params, Params, int], Params]) -> UpdateRule:
@@ -59,7 +65,10 @@ def differentiable(step: Callable[[Tree, Params, Params, int], Params]) -> Updat
     def pull_back(
         rule_params: Tree, params: Params, grads: Params | None, k: int, adjoint: Params
     ) -> tuple[Tree, Params, Params]:
-        _, pull = vjp(lambda *primals: step(*primals, k), rule_params, params, grads)
+        def moved(rule_params: Tree, params: Params, grads: Params | None) -> Params:
+            return step(rule_params, params, grads or {}, k)
+
+        pull = vjp(moved, rule_params, params, grads)[1]
         cotangents: tuple[Tree, Params, Params] = pull(adjoint)
         return cotangents
 
@@ -159,6 +168,7 @@ def hvp(loss_fn: LossFn, params: Params, context: Tree, inner_step: int, vector:
     """``H v`` and ``(d g / d context)^T v``, where g and H are taken with respect to `params`."""
     has_context = bool(tree_leaves(context))
     if _hvp_mode.get() == "reverse":
+
         def along(params: Params, context: Tree) -> Tensor:
             return tree_dot(grad(loss_fn)(params, context, inner_step), vector)
 
@@ -170,5 +180,5 @@ def hvp(loss_fn: LossFn, params: Params, context: Tree, inner_step: int, vector:
     def gradient(params: Params) -> Any:
         return grad(loss_fn, argnums=(0, 1) if has_context else 0)(params, context, inner_step)
 
-    _, tangent = jvp(gradient, (params,), (vector,))
+    tangent = jvp(gradient, (params,), (vector,))[1]
     return tangent if has_context else (tangent, context)

@@ -54,7 +54,7 @@ def train(config: Config, worker: Worker) -> dict[str, float]:
         device=worker.device, dtype=getattr(torch, options.precision),
     ):  # fmt: skip
         sums = {
-            chunk.index: (
+            chunk.position: (
                 chunk_sum(learner.algorithm, state.meta_params, chunk.tasks, step, vectorize=learner.vectorize),
                 chunk.num_tasks,
             )
@@ -193,7 +193,7 @@ def _check_finite(values: dict[str, float], norm: float, step: int, config: Conf
     wrong = [name for name, value in {**values, "gradient_norm": norm}.items() if not math.isfinite(value)]
     if wrong:
         raise DivergenceError(
-            f"{', '.join(wrong)} is no longer finite at outer step {step}. The likely cause is a learning rate that is too "
-            f"large for this model: lower --inner-lr or --outer-lr (now {config.outer.outer_lr}), or set --clip-norm. "
+            f"{', '.join(wrong)} is no longer finite at outer step {step}. The likely cause is a learning rate that is "
+            f"too large: lower --inner-lr or --outer-lr (now {config.outer.outer_lr}), or set --clip-norm. "
             "The last checkpoint from before it is kept."
         )

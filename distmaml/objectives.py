@@ -151,12 +151,14 @@ def _arguments(inputs: Tree) -> tuple[Any, ...]:
 
 
 def _last_layer(model: nn.Module) -> str:
-    names = [name for name, module in model.named_modules() if name and any(True for _ in module.parameters(recurse=False))]
+    kind = type(model).__name__
+    if not list(model.parameters()):
+        raise ConfigError(f"{kind} has no parameters, so there is nothing to learn.")
+    names: list[str] = [
+        name for name, module in model.named_modules() if name and list(module.parameters(recurse=False))
+    ]
     if not names:
-        if any(True for _ in model.parameters()):
-            raise ConfigError(f"{type(model).__name__} has its parameters in one piece, so its head cannot be told from its "
-                              "body. Wrap it: nn.Sequential(model).")  # fmt: skip
-        raise ConfigError(f"{type(model).__name__} has no parameters, so there is nothing to learn.")
+        raise ConfigError(f"{kind} has no submodule that could be its head. Wrap it: nn.Sequential(model).")
     return names[-1]
 
 

@@ -20,6 +20,7 @@ from matplotlib.ticker import MaxNLocator
 from numpy.typing import NDArray
 
 from distmaml.errors import DataError
+from distmaml.files import atomic_file, disk_errors
 
 Array: TypeAlias = NDArray[Any]
 
@@ -327,8 +328,5 @@ def _legend(axes: Axes, **arguments: Any) -> None:
 
 
 def _save(figure: Figure, path: Path) -> None:
-    """Whoever looks sees the old picture or the new one, never half of one."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f"{path.name}.part")
-    figure.savefig(part, format="png", dpi=_DOTS_PER_INCH)
-    part.replace(path)
+    with disk_errors(path), atomic_file(path) as file:
+        figure.savefig(file, format="png", dpi=_DOTS_PER_INCH)

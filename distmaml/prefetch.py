@@ -13,7 +13,7 @@ from distmaml.trees import tree_to
 class Chunk(NamedTuple):
     """Some tasks of a step, computed together by one worker."""
 
-    index: int
+    position: int
     num_tasks: int
     tasks: TaskBatch
 
@@ -35,7 +35,11 @@ def prefetched(
 
     def load(step: int) -> list[Chunk]:
         return [
-            Chunk(index, len(positions), tree_to(tasks.sample([step * tasks_per_step + p for p in positions]), device, dtype))
+            Chunk(
+                index,
+                len(positions),
+                tree_to(tasks.sample([step * tasks_per_step + p for p in positions]), device, dtype),
+            )
             for index, positions in shards
         ]
 

@@ -56,9 +56,7 @@ def score(
     def predict_all(state: Tree, task: Episode) -> Tree:
         return algorithm.predict(meta_params, state, task.query.inputs)
 
-    found: dict[str, Scores] = stack_over_tasks(
-        algorithm.adapt, of_task, tasks._replace(key=None), vectorize=vectorize
-    )
+    found: dict[str, Scores] = stack_over_tasks(algorithm.adapt, of_task, tasks._replace(key=None), vectorize=vectorize)
     return found
 
 

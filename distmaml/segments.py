@@ -11,11 +11,12 @@ Imports no mlflow and knows nothing of it, nor of checkpoints beyond their steps
 """
 
 import json
-import os
 import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple
+
+from distmaml.files import write_text
 
 
 class Point(NamedTuple):
@@ -74,13 +75,13 @@ class SegmentWriter:
             return
         lines = [json.dumps(point._asdict()) for point in self._points]
         name = f"{max(self._committed, 0):08d}-{step:08d}.jsonl"
-        write_durably(self._folder / name, "".join(f"{line}\n" for line in lines))
+        write_text(self._folder / name, "".join(f"{line}\n" for line in lines))
         self._points.clear()
 
     def commit(self, step: int) -> None:
         """Declares everything up to `step` final. Never goes back to an earlier step."""
         if step > self._committed:
-            write_durably(self._folder / "committed", f"{step}\n")
+            write_text(self._folder / "committed", f"{step}\n")
             self._committed = step
 
 
@@ -112,21 +113,6 @@ def read_points(segment: Segment) -> list[Point]:
         except (ValueError, KeyError, TypeError) as error:
             raise ValueError(f"line {number} of {segment.path} is not a point ({error!r}).") from error
     return points
-
-
-def write_durably(path: Path, text: str) -> None:
-    """Replaces a file as a whole: after a crash at any moment it has the old content or the new."""
-    part = path.with_name(f"{path.name}.part")
-    with part.open("w") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    part.replace(path)
-    directory = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(directory)  # otherwise a power cut can undo the rename, though not the checkpoint written after it
-    finally:
-        os.close(directory)
 
 
 def _all_segments(folder: Path) -> list[Segment]:

@@ -18,7 +18,6 @@ import json
 import math
 import os
 import tempfile
-import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,6 +31,7 @@ import pyarrow.fs
 from filelock import FileLock
 
 from distmaml.errors import DataError, unknown
+from distmaml.files import atomic_file, disk_errors
 
 FORMAT_VERSION = 1
 SPLITS = ("train", "val", "test")
@@ -182,7 +182,8 @@ def write_store(
 
     Raises:
       DataError: no class, an empty class or a wrong array; a split that names an unknown class or shares one with
-        another; a folder that is full or cannot be written.
+        another.
+      RunError: a folder that is full or cannot be written.
     """
     digest = _content_digest(image_shape, ink)
     names: list[str] = []
@@ -250,37 +251,6 @@ def _content_digest(image_shape: tuple[int, int, int], ink: bool) -> "hashlib._H
 def _add_class(digest: "hashlib._Hash", name: str, images: npt.NDArray[np.uint8]) -> None:
     digest.update(_canonical([name, len(images)]))
     digest.update(images.data)
-
-
-@contextlib.contextmanager
-def atomic_file(path: Path) -> Iterator[BinaryIO]:
-    """A file to write that becomes `path` when the block ends, and vanishes when the block fails.
-
-    Not `tempfile`, whose files nobody else could read: a store is shared.
-    """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f".{path.name}.{uuid.uuid4().hex}.part")
-    try:
-        with part.open("xb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(part, path)
-    except BaseException:
-        with contextlib.suppress(OSError):
-            part.unlink()
-        raise
-
-
-@contextlib.contextmanager
-def disk_errors(path: Path) -> Iterator[None]:
-    """Turns an OSError of writing `path` into a DataError with the way out."""
-    try:
-        yield
-    except OSError as error:
-        raise DataError(
-            f"cannot write {path}: {error.strerror or error}. Make room or choose another folder with --output-dir."
-        ) from error
 
 
 # --------------------------------------------------------------------------------------------- reading

@@ -9,8 +9,8 @@ def main() -> int:
     """Parses, trains, prints the result."""
     config = cli.parse_recipe(sys.argv[1:], prog="jobs/train.py", description=__doc__)
     outcome = driver.train(config)
-    print(f"\nTest on {config.evaluation.num_test_episodes} episodes of classes it never saw:" if outcome.scores else "")
     if outcome.scores:
+        print(f"\nTest on {config.evaluation.num_test_episodes} episodes of the test split, which training never saw:")
         print(driver.table(outcome.scores))
     print(f"\nmodel     {outcome.folder / 'model.safetensors'}")
     print(f"pictures  {outcome.folder / 'artifacts'}")

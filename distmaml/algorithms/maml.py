@@ -84,7 +84,7 @@ def anil(objective: Objective, *, inner_lr: float, num_inner_steps: int) -> Algo
         def of_body(body: Params) -> Tensor:
             return objective.features({**theta, **body}, support.inputs, Moment(0, support_key))
 
-        features, pull_features = vjp(of_body, body)
+        features, pull_features, *_ = vjp(of_body, body)
         loss_fn = head_loss(support.targets, support_key)
         heads = descend(loss_fn, of_head(theta), rule=rule, num_steps=num_inner_steps, context=features)
         phi = {**theta, **heads[-1]}

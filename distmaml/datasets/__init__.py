@@ -10,7 +10,8 @@ from filelock import FileLock
 
 from distmaml.datasets import glyphs, image_folder, omniglot
 from distmaml.errors import ConfigError, DataError, unknown
-from distmaml.store import StoreInfo, disk_errors
+from distmaml.files import disk_errors
+from distmaml.store import StoreInfo
 
 MAX_IMAGE_SIZE = 1024
 
@@ -57,7 +58,8 @@ def ensure_store(
 
     Raises:
       ConfigError: an unknown data set, or options that it does not have.
-      DataError: raw files that cannot be used, a folder that cannot be written.
+      DataError: raw files that cannot be used.
+      RunError: a folder that cannot be written.
     """
     if builder is None:
         if dataset not in DATASETS:

@@ -25,7 +25,8 @@ from tqdm import tqdm
 
 from distmaml.datasets.images import read_image
 from distmaml.errors import ConfigError, DataError
-from distmaml.store import StoreInfo, atomic_file, disk_errors, hash_order, write_store
+from distmaml.files import atomic_file, disk_errors
+from distmaml.store import StoreInfo, hash_order, write_store
 
 BASE_URL = "https://raw.githubusercontent.com/brendenlake/omniglot/master/python"
 NUM_DRAWERS = 20
@@ -207,7 +208,8 @@ def download(url: str, path: Path) -> None:
     """Downloads a file; `path` appears when all of it is there.
 
     Raises:
-      DataError: the server cannot be reached, refuses, or sends less than it announced; a disk that is full.
+      DataError: the server cannot be reached, refuses, or sends less than it announced.
+      RunError: a disk that is full.
     """
     with disk_errors(path), atomic_file(path) as file:
         for block in _blocks(url, path):

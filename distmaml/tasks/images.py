@@ -45,8 +45,8 @@ class ImageTasks:
         turns = 4 if rotations else 1
         if len(classes) * turns < num_ways:
             raise DataError(
-                f"num_ways={num_ways} asks for more classes than the {len(classes) * turns} of the {split} split. Lower "
-                "num_ways, or take another split."
+                f"num_ways={num_ways} asks for more classes than the {len(classes) * turns} of the {split} split. "
+                "Lower num_ways, or take another split."
             )
         smallest = min(classes, key=lambda entry: len(entry.rows))
         if len(smallest.rows) < num_shots + num_queries:

@@ -20,7 +20,7 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from distmaml.errors import RunError
-from distmaml.segments import write_durably
+from distmaml.files import write_text
 
 
 @dataclass(frozen=True)
@@ -122,7 +122,7 @@ class Outbox:
 
     def write_run(self, record: RunRecord) -> None:
         """Writes the run's record."""
-        write_durably(self.folder / "run.json", json.dumps(dataclasses.asdict(record), indent=1))
+        write_text(self.folder / "run.json", json.dumps(dataclasses.asdict(record), indent=1))
 
     def forget(self) -> None:
         """Undoes a first start: no run was created."""
@@ -167,7 +167,7 @@ class Outbox:
 
     def write_sent(self, sent: Sent) -> None:
         """Remembers what MLflow has."""
-        write_durably(self.folder / "sent.json", json.dumps(dataclasses.asdict(sent)))
+        write_text(self.folder / "sent.json", json.dumps(dataclasses.asdict(sent)))
 
     def refuse(self, what: Mapping[str, Any], reason: str) -> None:
         """Keeps what MLflow will never take, and why."""

@@ -26,9 +26,9 @@ from mlflow.entities import DatasetInput, InputTag, Metric, Param, Run, RunTag, 
 from mlflow.exceptions import MlflowException
 
 from distmaml.errors import RunError, TrackingError
+from distmaml.segments import committed_segments, read_points
 from distmaml.tracking.database import Tracking, experiment_id
 from distmaml.tracking.outbox import Dataset, Outbox, Sent
-from distmaml.segments import committed_segments, read_points
 
 log = logging.getLogger(__name__)
 

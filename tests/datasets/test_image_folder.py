@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 from distmaml.datasets import ensure_store, image_folder
-from distmaml.errors import ConfigError, DataError
+from distmaml.errors import ConfigError, DataError, RunError
 from distmaml.store import ClassStore, StoreInfo, open_store, write_store
 
 
@@ -249,7 +249,7 @@ def test_a_data_dir_that_is_not_there_is_named(tmp_path: Path) -> None:
 
 def test_a_folder_for_stores_that_cannot_be_made_is_named(data: Path, tmp_path: Path) -> None:
     (tmp_path / "file").touch()
-    with pytest.raises(DataError, match=r"cannot write .*file"):
+    with pytest.raises(RunError, match=r"cannot write .*file"):
         ensure(folders(data, ["a", "b"]), tmp_path / "file" / "stores")
 
 

@@ -19,10 +19,10 @@ from mlflow import MlflowClient
 from mlflow.entities import Run
 
 from distmaml.errors import RunError, TrackingError
+from distmaml.segments import SegmentWriter
 from distmaml.tracking.database import Tracking, experiment_id, open_tracking
 from distmaml.tracking.outbox import Dataset, Outbox
 from distmaml.tracking.runs import TrackedRun, sweep
-from distmaml.segments import SegmentWriter
 from distmaml.tracking.uploader import Status, replay
 from distmaml.tracking.views import seed_view
 

@@ -16,9 +16,9 @@ from typing import NamedTuple
 import pytest
 
 from distmaml.errors import TrackingError
+from distmaml.segments import SegmentWriter
 from distmaml.tracking.database import experiment_id, open_tracking
 from distmaml.tracking.runs import TrackedRun
-from distmaml.segments import SegmentWriter
 from distmaml.tracking.uploader import replay
 from distmaml.tracking.views import seed_view
 

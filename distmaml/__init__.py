@@ -1,0 +1,66 @@
+"""Distributed MAML meta-training: a distribution of tasks in, a model that adapts from a handful of examples out.
+
+The public names, imported when they are first used: ``import distmaml`` alone loads neither torch nor ray.
+"""
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from distmaml.adapter import AdaptedModel, FewShotModel, load
+    from distmaml.algorithms import Algorithm
+    from distmaml.algorithms.maml import anil, fomaml, maml
+    from distmaml.config import Config, check, override
+    from distmaml.episodes import Batch, Episode, TaskBatch, TaskDistribution
+    from distmaml.errors import DistmamlError
+    from distmaml.loop import evaluate, train
+    from distmaml.objectives import Moment, Objective, classification, initial_params, objective, regression
+    from distmaml.outer import meta_gradient
+    from distmaml.recipes import RECIPES
+    from distmaml.scoring import interval, score
+    from distmaml.store import open_store, write_store
+    from distmaml.worker import LocalWorker, Worker
+
+    __version__: str
+
+_MODULES: dict[str, tuple[str, ...]] = {
+    "adapter": ("AdaptedModel", "FewShotModel", "load"),
+    "algorithms": ("Algorithm",),
+    "algorithms.maml": ("anil", "fomaml", "maml"),
+    "config": ("Config", "check", "override"),
+    "episodes": ("Batch", "Episode", "TaskBatch", "TaskDistribution"),
+    "errors": ("DistmamlError",),
+    "loop": ("evaluate", "train"),
+    "objectives": ("Moment", "Objective", "classification", "initial_params", "objective", "regression"),
+    "outer": ("meta_gradient",),
+    "recipes": ("RECIPES",),
+    "scoring": ("interval", "score"),
+    "store": ("open_store", "write_store"),
+    "worker": ("LocalWorker", "Worker"),
+}
+"""Module -> its public names."""
+_HOMES: dict[str, str] = {name: module for module, names in _MODULES.items() for name in names}
+
+__all__ = [  # noqa: RUF022 (in the order of the modules)
+    "AdaptedModel", "FewShotModel", "load", "Algorithm", "anil", "fomaml", "maml", "Config", "check", "override", "Batch",
+    "Episode", "TaskBatch", "TaskDistribution", "DistmamlError", "evaluate", "train", "Moment", "Objective",
+    "classification", "initial_params", "objective", "regression", "meta_gradient", "RECIPES", "interval", "score",
+    "open_store", "write_store", "LocalWorker", "Worker", "__version__",
+]  # fmt: skip
+
+
+def __getattr__(name: str) -> object:
+    if name == "__version__":
+        from importlib.metadata import version
+
+        return version("distmaml")
+    if name not in _HOMES:
+        raise AttributeError(f"module 'distmaml' has no attribute {name!r}")
+    from importlib import import_module
+
+    value: object = getattr(import_module(f"distmaml.{_HOMES[name]}"), name)
+    globals()[name] = value  # asked for once
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

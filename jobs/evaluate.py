@@ -1,0 +1,56 @@
+"""Scores a run's model, or one of its checkpoints, on fresh workers."""
+
+import json
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Literal
+
+import tyro
+
+from distmaml import cli, config, driver, paths
+from distmaml.errors import RunError
+
+
+def main(
+    run: str,
+    num_episodes: int | None = None,
+    split: Literal["val", "test"] = "test",
+    step: int | None = None,
+    num_eval_steps: int | None = None,
+    num_workers: int | None = None,
+    output_dir: Path | None = None,
+) -> None:
+    """Score a run's model on N episodes: mean and 95 % interval after each inner step, in both batch-norm modes.
+
+    Args:
+      run: name of the run.
+      num_episodes: episodes; as many as the run's own evaluation by default.
+      split: which classes.
+      step: score the checkpoint after this outer step rather than the best model.
+      num_eval_steps: inner steps; those of the run by default.
+      num_workers: Ray workers; those of the run by default.
+      output_dir: where the run lies. Default: $DISTMAML_HOME, else ~/distmaml.
+    """
+    folder = paths.output_dir(output_dir) / "runs" / run
+    file = folder / "config.json"
+    if not file.exists():
+        known = sorted(path.parent.name for path in folder.parent.glob("*/config.json"))
+        raise RunError(f"there is no run named {run!r} in {folder.parent}. There are: {', '.join(known) or 'none'}.")
+    settings = config.from_json(json.loads(file.read_text()))
+    wanted = {
+        "num_val_episodes" if split == "val" else "num_test_episodes": num_episodes,
+        "num_eval_steps": num_eval_steps,
+        "num_workers": num_workers,
+    }
+    settings = config.override(settings, {name: value for name, value in wanted.items() if value is not None})
+    settings = replace(settings, run=replace(settings.run, output_dir=paths.output_dir(output_dir)))
+    found = driver.evaluate(settings, split=split, step=step)
+    print(f"{run} after {found['step']} outer steps, {found['num_episodes']} episodes of the {split} split:")
+    print(driver.table(found["modes"]))
+    for written in found["files"]:
+        print(written)
+
+
+if __name__ == "__main__":
+    sys.exit(cli.guarded(lambda: tyro.cli(main)))
