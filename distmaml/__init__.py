@@ -41,8 +41,8 @@ _MODULES: dict[str, tuple[str, ...]] = {
 _HOMES: dict[str, str] = {name: module for module, names in _MODULES.items() for name in names}
 
 __all__ = [  # noqa: RUF022 (in the order of the modules)
-    "AdaptedModel", "FewShotModel", "load", "Algorithm", "anil", "fomaml", "maml", "Config", "check", "override", "Batch",
-    "Episode", "TaskBatch", "TaskDistribution", "DistmamlError", "evaluate", "train", "Moment", "Objective",
+    "AdaptedModel", "FewShotModel", "load", "Algorithm", "anil", "fomaml", "maml", "Config", "check", "override",
+    "Batch", "Episode", "TaskBatch", "TaskDistribution", "DistmamlError", "evaluate", "train", "Moment", "Objective",
     "classification", "initial_params", "objective", "regression", "meta_gradient", "RECIPES", "interval", "score",
     "open_store", "write_store", "LocalWorker", "Worker", "__version__",
 ]  # fmt: skip

@@ -14,10 +14,12 @@ import torch
 from torch import Tensor, nn
 
 from distmaml import build, checkpoint
+from distmaml.algorithms import Algorithm
 from distmaml.config import Config, ImageTasks, from_json, is_custom
 from distmaml.datasets.images import read_image
 from distmaml.episodes import Batch
 from distmaml.errors import CheckpointError, ConfigError, DataError
+from distmaml.objectives import Objective
 from distmaml.trees import Tree, tree_leaves, tree_names, tree_unflatten
 
 
@@ -49,12 +51,15 @@ class FewShotModel:
             raise DataError(
                 f"{len(inputs)} support inputs and {len(targets)} targets; there must be equally many, 1 or more."
             )
-        if not targets.is_floating_point() and (int(targets.min()) < 0 or int(targets.max()) >= self.num_outputs):
-            raise DataError(
-                f"labels from {int(targets.min())} to {int(targets.max())}: this model tells {self.num_outputs} "
-                f"classes apart, so labels must lie in [0, {self.num_outputs})."
-            )
-        targets = targets.to(inputs.dtype) if targets.is_floating_point() else targets.long()
+        if self.config.objective == "classification":
+            if targets.is_floating_point() or int(targets.min()) < 0 or int(targets.max()) >= self.num_outputs:
+                raise DataError(
+                    f"labels from {targets.min().item()} to {targets.max().item()}: this model tells {self.num_outputs} "
+                    f"classes apart, so labels must be whole numbers in [0, {self.num_outputs})."
+                )
+            targets = targets.long()
+        elif targets.is_floating_point() or self.config.objective == "regression":
+            targets = targets.to(getattr(torch, self.config.outer.precision))
         steps = self.config.evaluation.num_eval_steps if num_steps is None else num_steps
         if steps < 0:
             raise ConfigError(f"num_steps={steps} must be 0 or more.")
@@ -85,6 +90,8 @@ class FewShotModel:
                 f"inputs of shape {list(tensor.shape)}; this model takes [num_samples, "
                 f"{', '.join(map(str, self._shapes.input_shape))}]."
             )
+        if not tensor.is_floating_point() and isinstance(self.config.task_options, ImageTasks):
+            raise DataError(f"images of type {tensor.dtype}; this model takes floats in [0, 1]: divide by 255.")
         return tensor.to(getattr(torch, self.config.outer.precision)) if tensor.is_floating_point() else tensor
 
 
@@ -112,17 +119,27 @@ class AdaptedModel:
         with torch.no_grad():
             if transductive:
                 predicted = outputs(inputs)
+            elif not len(inputs):
+                predicted = outputs(self._support_inputs)[:0]
             else:
                 predicted = torch.stack([outputs(torch.cat([self._support_inputs, item[None]]))[-1] for item in inputs])
         return predicted.softmax(-1) if self._model.config.objective == "classification" else predicted
 
 
-def load(path: str | Path, *, model: Callable[[], nn.Module] | None = None) -> FewShotModel:
+def load(
+    path: str | Path,
+    *,
+    model: Callable[[], nn.Module] | None = None,
+    objective: Callable[[nn.Module], Objective] | None = None,
+    algorithm: Callable[..., Algorithm] | None = None,
+) -> FewShotModel:
     """Reads the model that a training run wrote. No code is run that the file names, and nothing is unpickled.
 
     Args:
       path: ``model.safetensors``, or the folder of a run.
       model: makes the module, for a run whose model was a user's own ``package.module:attribute``.
+      objective: likewise, ``module -> Objective``.
+      algorithm: likewise, ``(objective, **options) -> Algorithm``.
 
     Raises:
       CheckpointError: a damaged or foreign file.
@@ -136,14 +153,16 @@ def load(path: str | Path, *, model: Callable[[], nn.Module] | None = None) -> F
         ink = bool((document["dataset"] or {}).get("ink", False))
     except (KeyError, TypeError) as error:
         raise CheckpointError(f"{file} is a checkpoint but not a model: {error} is missing from its header.") from None
-    named = [config.algorithm, config.objective, *([] if model else [config.model])]
-    foreign = [name for name in named if is_custom(name)]
+    given = {"model": model, "objective": objective, "algorithm": algorithm}
+    foreign = {kind: getattr(config, kind) for kind, own in given.items() if own is None}
+    foreign = {kind: name for kind, name in foreign.items() if is_custom(name)}
     if foreign:
         raise ConfigError(
-            f"{file} was trained with {', '.join(foreign)}. A file may not say which code to run: give the module "
-            "yourself by load(path, model=...)."
+            f"{file} was trained with {', '.join(foreign.values())}. A file may not say which code to run: give it "
+            f"yourself by load(path, {', '.join(f'{kind}=...' for kind in foreign)})."
         )
-    learner = build.learner(config, shapes, torch.device("cpu"), module=model() if model else None)
+    module = model() if model else None
+    learner = build.learner(config, shapes, torch.device("cpu"), module=module, objective=objective, algorithm=algorithm)
     names = tree_names(learner.meta_params)
     expected = dict(zip(names, tree_leaves(learner.meta_params), strict=True))
     wrong = [name for name in {*expected, *tensors} if name not in expected or name not in tensors

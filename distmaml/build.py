@@ -3,7 +3,7 @@
 import importlib
 import os
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from typing import Any, NamedTuple
 
@@ -59,23 +59,32 @@ def shapes(tasks: TaskDistribution) -> Shapes:
     return Shapes(tuple(inputs.shape[2:]) if isinstance(inputs, torch.Tensor) else (), num_outputs)
 
 
-def learner(config: Config, shapes: Shapes, device: torch.device, *, module: nn.Module | None = None) -> Learner:
+def learner(
+    config: Config,
+    shapes: Shapes,
+    device: torch.device,
+    *,
+    module: nn.Module | None = None,
+    objective: Callable[[nn.Module], Objective] | None = None,
+    algorithm: Callable[..., Algorithm] | None = None,
+) -> Learner:
     """Algorithm, objective and initial meta-parameters, which depend on the seed alone.
 
     Args:
-      module: takes the place of the one that the configuration names.
+      module: takes the place of the one that the configuration names; likewise `objective` and `algorithm`.
     """
     generator = torch.Generator().manual_seed(config.outer.seed)
     with torch.random.fork_rng([]):
         torch.manual_seed(config.outer.seed)
         module = _module(config, shapes) if module is None else module
     module = module.to(device, getattr(torch, config.outer.precision))
-    objective: Objective = resolve("objective", config.objective, OBJECTIVES)(module)
-    factory = resolve("algorithm", config.algorithm, ALGORITHMS)
-    algorithm: Algorithm = factory(objective, **_arguments(config.algorithm, config.algorithm_options))
+    objective = resolve("objective", config.objective, OBJECTIVES) if objective is None else objective
+    algorithm = resolve("algorithm", config.algorithm, ALGORITHMS) if algorithm is None else algorithm
+    target = objective(module)
+    learned = algorithm(target, **_arguments(config.algorithm, config.algorithm_options))
     convolves = any(isinstance(layer, nn.modules.conv._ConvNd) for layer in module.modules())
-    meta_params = algorithm.init(initial_params(module), generator)
-    return Learner(algorithm, objective, meta_params, vectorize=device.type != "cpu" or not convolves)
+    meta_params = learned.init(initial_params(module), generator)
+    return Learner(learned, target, meta_params, vectorize=device.type != "cpu" or not convolves)
 
 
 def task_distributions(config: Config) -> dict[str, TaskDistribution]:

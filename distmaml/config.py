@@ -19,7 +19,7 @@ from typing import Any, Literal, TypeAlias
 
 from distmaml.errors import ConfigError, unknown
 
-Scalar: TypeAlias = str | int | float | bool
+Scalar: TypeAlias = int | float | bool | str  # the command line takes the first that fits
 
 
 # ------------------------------------------------------------------------------------------ algorithms

@@ -3,7 +3,11 @@
 import logging
 import os
 import secrets
-import sys
+import shutil
+import signal
+import socket
+import tempfile
+import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -28,6 +32,10 @@ _ENVIRONMENT = {
     "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",  # nobody asks it yet, and it logs an error at every start
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",  # the coming default; without it Ray prints a FutureWarning
 }
+_LOCAL_ENVIRONMENT = {
+    "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",  # all ports on 127.0.0.1 only
+    "RAY_AUTH_MODE": "token",
+}
 _WORKER_ENVIRONMENT = {
     "OMP_NUM_THREADS": "1",  # a worker a core: two threads in one process are worth 1.4 (Conv4, two cores)
     "TORCH_PROCESS_GROUP_SHUTDOWN_TIMEOUT_S": "5",
@@ -37,11 +45,19 @@ _WORKER_ENVIRONMENT = {
 }
 COLLECTIVE_TIMEOUT_SECONDS = 600
 START_FAILURES = 3
+PROBE_SECONDS = 5.0
+_LONGEST_TEMPORARY_PATH = 35  # Ray puts 65 characters behind it, and a socket's path may have 107
+
+
+# --------------------------------------------------------------------------------------------- cluster
 
 
 @contextmanager
 def cluster(address: str | None, *, num_cpus: int) -> Iterator[Mapping[str, float]]:
     """A connection to a Ray cluster; one is started on this machine, on loopback and with a token, where none is named.
+
+    Handlers of SIGINT and SIGTERM stay as they were, although Ray brings its own. The files of a cluster that is
+    started here lie in a folder of their own in $RAY_TMPDIR, or in /tmp; they are removed unless Ray itself has failed.
 
     Args:
       address: of a running cluster; None takes $RAY_ADDRESS or starts one.
@@ -56,26 +72,131 @@ def cluster(address: str | None, *, num_cpus: int) -> Iterator[Mapping[str, floa
     for name, value in _ENVIRONMENT.items():
         os.environ.setdefault(name, value)
     found = address or os.environ.get("RAY_ADDRESS")
-    if not found:
-        os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")  # all ports on 127.0.0.1 only
-        os.environ.setdefault("RAY_AUTH_MODE", "token")
-        if not Path("~/.ray/auth_token").expanduser().exists():
-            os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
+    with _connected(found) if found else _started(num_cpus) as resources:
+        yield resources
+
+
+def is_local(address: str | None) -> bool:
+    """Whether `cluster` starts one on this machine."""
+    return not (address or os.environ.get("RAY_ADDRESS"))
+
+
+@contextmanager
+def _connected(address: str) -> Iterator[Mapping[str, float]]:
     import ray
 
-    start: dict[str, Any] = {"address": found} if found else {"num_cpus": num_cpus, "include_dashboard": True}
+    _probe(address)
+    handlers = _signal_handlers()
     try:
-        ray.init(**start, logging_level=logging.WARNING, log_to_driver=True)
+        _init(f"at {address}", handlers, address=address)
+        yield ray.cluster_resources()
+    finally:
+        _shut_down(handlers)
+
+
+@contextmanager
+def _started(num_cpus: int) -> Iterator[Mapping[str, float]]:
+    for name, value in _LOCAL_ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
+    if not Path("~/.ray/auth_token").expanduser().exists():
+        os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
+    import ray  # reads the settings above once in a process
+
+    folder, keep, handlers = _temporary_folder(), False, _signal_handlers()
+    try:
+        with _environment({"RAY_TMPDIR": str(folder)}):
+            _init("on this machine", handlers, num_cpus=num_cpus, include_dashboard=True)
+        # Ray Train's own helpers look the cluster up by this, and give up where a machine has two.
+        with _environment({"RAY_ADDRESS": ray.get_runtime_context().gcs_address}):
+            yield ray.cluster_resources()
+    except ClusterError as error:
+        if error.__cause__ is None:
+            raise
+        keep = True
+        raise ClusterError(f"{error} Ray's own logs are kept in {folder}.") from error.__cause__
+    finally:
+        _shut_down(handlers)
+        if not keep:
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def _init(where: str, handlers: Mapping[int, Any], **options: Any) -> None:
+    import ray
+
+    try:
+        ray.init(**options, logging_level=logging.WARNING, log_to_driver=True)
     except (ConnectionError, RuntimeError, ValueError) as error:
-        where = f"at {found}" if found else "on this machine"
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise ClusterError(
             f"no Ray cluster {where} ({reason}). Check --address and RAY_AUTH_TOKEN; leave both out to start one here."
         ) from error
-    try:
-        yield ray.cluster_resources()
+    except SystemExit:  # Ray's answer to SIGTERM
+        raise KeyboardInterrupt from None
     finally:
-        ray.shutdown()
+        _put_back(handlers)
+
+
+def _shut_down(handlers: Mapping[int, Any]) -> None:
+    """Ends Ray here. On its way it sets SIGTERM to its default, and takes seconds more: hence again and again."""
+    import ray
+
+    thread = threading.Thread(target=ray.shutdown, name="ray-shutdown", daemon=True)
+    thread.start()
+    while thread.is_alive():
+        _put_back(handlers)
+        thread.join(0.02)
+    _put_back(handlers)
+
+
+def _signal_handlers() -> dict[int, Any]:
+    if threading.current_thread() is not threading.main_thread():
+        return {}
+    return {number: signal.getsignal(number) or signal.SIG_DFL for number in (signal.SIGINT, signal.SIGTERM)}
+
+
+def _put_back(handlers: Mapping[int, Any]) -> None:
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+
+
+def _probe(address: str) -> None:
+    """Ray itself waits half a minute and more for a cluster that is not there."""
+    host, _, port = address.rpartition(":")
+    if "://" in address or not host or not port.isdecimal():
+        return
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=PROBE_SECONDS).close()
+    except (OSError, OverflowError) as error:
+        raise ClusterError(
+            f"no Ray cluster at {address} ({error}). Check --address (host:port of its head, 6379 by default); leave "
+            "it out to start a cluster on this machine."
+        ) from error
+
+
+def _temporary_folder() -> Path:
+    base = os.environ.get("RAY_TMPDIR")
+    if base is not None:
+        Path(base).mkdir(parents=True, exist_ok=True)
+    elif len(tempfile.gettempdir()) > _LONGEST_TEMPORARY_PATH:
+        base = "/tmp"
+    return Path(tempfile.mkdtemp(prefix="dm-", dir=base))
+
+
+@contextmanager
+def _environment(values: Mapping[str, str]) -> Iterator[None]:
+    before = {name: os.environ.get(name) for name in values}
+    os.environ.update(values)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value
+
+
+# ------------------------------------------------------------------------------------------------- fit
 
 
 def fit(
@@ -91,11 +212,11 @@ def fit(
     """Runs ``loop(config, worker)`` on `num_workers` Ray Train workers and returns what rank 0 returned.
 
     A worker group that crashes is started again, up to `max_failures` times; the loop finds its own way back. An error
-    that distmaml raises on purpose would only come again, so it ends the run at once.
+    that distmaml raises on purpose would only come again, and so would a mistake in the code: they end the run at once.
 
     Args:
       name: of the Ray Train run.
-      storage_path: where Ray Train keeps what it must know of the run.
+      storage_path: what Ray Train must know of the run while it runs; removed at the end.
       gpus_per_worker: 0 for CPU workers, which talk over gloo; otherwise NCCL, or gloo where workers share a GPU.
 
     Raises:
@@ -105,7 +226,9 @@ def fit(
     import ray
     import ray.train
     from ray.train.torch import TorchConfig, TorchTrainer
+    from ray.train.v2._internal.constants import ENV_VARS_TO_PROPAGATE
 
+    ENV_VARS_TO_PROPAGATE.add("RAY_ADDRESS")  # to the helper that `cluster` speaks of
     _check_room(num_workers, gpus_per_worker, ray.cluster_resources())
     trainer = TorchTrainer(
         _per_worker,
@@ -121,25 +244,48 @@ def fit(
         run_config=ray.train.RunConfig(
             name=name,
             storage_path=str(storage_path),
-            failure_config=ray.train.FailureConfig(
-                max_failures=max_failures, controller_failure_limit=START_FAILURES
-            ),
+            failure_config=ray.train.FailureConfig(max_failures=max_failures, controller_failure_limit=START_FAILURES),
             worker_runtime_env={"env_vars": {**_WORKER_ENVIRONMENT, "PYTHONPATH": _python_path()}},
             logging_config=ray.train.LoggingConfig(log_level="WARNING"),
             callbacks=[_stop_on_purpose()],
         ),
     )
     try:
-        result: ResultT = trainer.fit().return_value
-    except ray.train.TrainingFailedError as error:
-        found = _on_purpose(error)
-        if found is not None:
+        result: ResultT = _beside_main_thread(trainer.fit).return_value
+    except (ray.train.TrainingFailedError, ray.exceptions.RayError) as error:
+        found = _on_purpose(error) or getattr(error, "controller_failure", None)
+        if found is not None and not _of_ray(found):
             raise found from None
         raise ClusterError(
-            f"the workers failed more than {max_failures} times; the last error was: {_last_line(error)} Their checkpoints "
-            "are kept: run the same command with --resume to go on."
+            f"the workers failed more than {max_failures} times; the last error was: {_last_line(error)} Their "
+            "checkpoints are kept: run the same command with --resume to go on."
         ) from error
+    finally:
+        shutil.rmtree(storage_path, ignore_errors=True)
     return result
+
+
+def _beside_main_thread(function: Callable[[], Any]) -> Any:
+    """Calls a function in a thread: in the main one Ray Train takes SIGINT for itself and exits with status 0."""
+    results: list[Any] = []
+    errors: list[BaseException] = []
+
+    def call() -> None:
+        try:
+            results.append(function())
+        except BaseException as error:
+            errors.append(error)
+
+    thread = threading.Thread(target=call, name="ray-train", daemon=True)
+    thread.start()
+    while thread.is_alive():
+        thread.join(1.0)
+    if errors:
+        raise errors[0]
+    return results[0]
+
+
+# ------------------------------------------------------------------------------------- in the workers
 
 
 def _per_worker(settings: dict[str, Any]) -> Any:
@@ -157,14 +303,18 @@ class RayWorker:
         self.rank: int = context.get_world_rank()
         self.world_size: int = context.get_world_size()
         self.device: torch.device = get_device()
-        handler = logging.StreamHandler(sys.stderr)
-        logging.getLogger("distmaml").handlers[:] = [handler]  # not the root: Ray would log every report through it
+        logging.getLogger().setLevel(logging.WARNING)  # Ray Train logs every report through the root
+        if self.rank > 0:
+            logging.getLogger("distmaml").setLevel(logging.ERROR)  # rank 0 says it
 
     def report(self, metrics: Mapping[str, float]) -> None:
         """Hands metrics to Ray Train; costs a fraction of a second, so only at checkpoints."""
         import ray.train
 
         ray.train.report(dict(metrics))
+
+
+# ---------------------------------------------------------------------------------------------- failures
 
 
 def _stop_on_purpose() -> Any:
@@ -174,34 +324,52 @@ def _stop_on_purpose() -> Any:
         """Raised in the controller, an exception ends a run at once, where a worker's would start it again."""
 
         def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:
-            for error in worker_exceptions.values():
-                found = _on_purpose(error)
+            errors = list(worker_exceptions.values())
+            for found in [*map(_on_purpose, errors), *map(_mistake, errors)]:
                 if found is not None:
                     raise found
 
     return StopOnPurpose()
 
 
-def _on_purpose(error: BaseException | None) -> DistmamlError | None:
+def _on_purpose(error: BaseException) -> DistmamlError | None:
     """The DistmamlError in a chain of causes and of Ray's own wrappers."""
     seen: list[Any] = [error]
     for candidate in seen:
         if isinstance(candidate, DistmamlError):
             return candidate
         if isinstance(candidate, BaseException) and len(seen) < 100:
-            seen += [candidate.__cause__, candidate.__context__, getattr(candidate, "cause", None)]
-            seen += [getattr(candidate, "_base_exc", None), getattr(candidate, "controller_failure", None)]
-            seen += list(getattr(candidate, "worker_failures", {}).values())
+            seen += [candidate.__cause__, candidate.__context__]
+            seen += [getattr(candidate, name, None) for name in ("cause", "_base_exc", "controller_failure")]
+            seen += getattr(candidate, "worker_failures", {}).values()
     return None
+
+
+def _mistake(error: Exception) -> Exception | None:
+    """What a worker raised, with its traceback, where the same code would only raise it again.
+
+    RuntimeError and OSError do not count: those are what the survivors of a crash get from their collectives.
+    """
+    raised = getattr(error, "_base_exc", None)
+    if not isinstance(raised, Exception) or isinstance(raised, RuntimeError | OSError | MemoryError) or _of_ray(raised):
+        return None
+    raised.add_note(f"In a worker:\n{error}")
+    return raised
+
+
+def _of_ray(error: object) -> bool:
+    return type(error).__module__.partition(".")[0] == "ray"
 
 
 def _check_room(num_workers: int, gpus_per_worker: float, resources: Mapping[str, float]) -> None:
     for kind, each in (("CPU", 1.0), ("GPU", gpus_per_worker)):
         has = resources.get(kind, 0.0)
+        if kind == "GPU" and each and not has:
+            raise ClusterError("the cluster has no GPU. Leave --use-gpu at auto, or add nodes with GPUs.")
         if each * num_workers > has:
             raise ClusterError(
-                f"{num_workers} workers need {each * num_workers:g} {kind}s, and the cluster has {has:g}. Lower --num-workers"
-                f"{' or --gpus-per-worker' if kind == 'GPU' else ''}, or add nodes."
+                f"{num_workers} workers need {each * num_workers:g} {kind}s, and the cluster has {has:g}. Lower "
+                f"--num-workers{' or --gpus-per-worker' if kind == 'GPU' else ''}, or add nodes."
             )
 
 

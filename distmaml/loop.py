@@ -19,7 +19,7 @@ from distmaml.outer import chunk_sum, init_outer, learning_rate, load_named_stat
 from distmaml.prefetch import prefetched
 from distmaml.recorder import Recorder
 from distmaml.scoring import Interval, interval, score
-from distmaml.trees import tree_leaves, tree_map, tree_names, tree_to, tree_unflatten
+from distmaml.trees import tree_leaves, tree_names, tree_to, tree_unflatten
 from distmaml.worker import Worker
 
 EVALUATION_CHUNK = 20
@@ -39,7 +39,7 @@ def train(config: Config, worker: Worker) -> dict[str, float]:
     shapes = build.shapes(tasks["train"])
     learner = build.learner(config, shapes, worker.device)
     state = init_outer(learner.meta_params, options)
-    start, best, stale = _restore(config, worker, state)
+    start, best, stale, finished = _restore(config, worker, state)
     recorder = Recorder(config, start, shapes=shapes._asdict()) if worker.rank == 0 else None
     shards = shard(options.meta_batch_size, options.reduction_chunk, worker.rank, worker.world_size)
     num_chunks = -(-options.meta_batch_size // options.reduction_chunk)
@@ -50,8 +50,8 @@ def train(config: Config, worker: Worker) -> dict[str, float]:
     done = start
 
     for step, chunks in prefetched(
-        tasks["train"], shards, steps=range(start, options.num_outer_steps), tasks_per_step=options.meta_batch_size,
-        device=worker.device, dtype=getattr(torch, options.precision),
+        tasks["train"], shards, steps=range(start, start if finished else options.num_outer_steps),
+        tasks_per_step=options.meta_batch_size, device=worker.device, dtype=getattr(torch, options.precision),
     ):  # fmt: skip
         sums = {
             chunk.position: (
@@ -71,13 +71,13 @@ def train(config: Config, worker: Worker) -> dict[str, float]:
         last = done == options.num_outer_steps
         if recorder and (done % config.run.log_every == 0 or last):
             recorder.points(done, {**meter.read(), "system/outer_lr": learning_rate(step, options)})
-        improved = last and best is None
-        stopped_early = False
+        improved, stopped_early = last and best is None, False
         if evaluation.val_every and (done % evaluation.val_every == 0 or last):
             with meter.excluded():
                 found = _validate(config, worker, learner, state.meta_params, tasks["val"])
             selected = _selected(config, found)
-            improved = best is None or (selected > best if evaluation.selection_mode == "max" else selected < best)
+            sign = 1 if evaluation.selection_mode == "max" else -1
+            improved = improved or sign * selected > (-math.inf if best is None else sign * best)  # never for NaN
             best, stale = (selected, 0) if improved else (best, stale + 1)
             stopped_early = not last and evaluation.patience is not None and stale >= evaluation.patience
             values.update(found)
@@ -109,16 +109,16 @@ def evaluate(config: Config, worker: Worker, *, split: str = "test", step: int |
     evaluation, folder = config.evaluation, paths.run_folder(config)
     tasks = build.task_distributions(config)
     learner = build.learner(config, build.shapes(tasks["train"]), worker.device)
+    collectives.from_first(0, worker.device)  # rank 0 may still be writing the file that all read
     if step is None:
         tensors, document = checkpoint.load(paths.model(folder))
     else:
         tensors, document = checkpoint.load(checkpoint.path_of(paths.checkpoints(folder), step))
         tensors = {n.removeprefix("meta_params/"): t for n, t in tensors.items() if n.startswith("meta_params/")}
-    meta_params = tree_map(torch.clone, learner.meta_params)
-    leaves = [tensors[name].to(worker.device) for name in tree_names(meta_params)]
+    leaves = [tensors[name].to(worker.device) for name in tree_names(learner.meta_params)]
+    meta_params = tree_unflatten(learner.meta_params, leaves)
     num_episodes = evaluation.num_val_episodes if split == "val" else evaluation.num_test_episodes
-    scores = _score(config, worker, learner, tree_unflatten(meta_params, leaves), tasks[split], num_episodes,
-                    inductive=evaluation.inductive)  # fmt: skip
+    scores = _score(config, worker, learner, meta_params, tasks[split], num_episodes, inductive=evaluation.inductive)
     return {"step": document["step"], "modes": scores}
 
 
@@ -172,15 +172,15 @@ def _best_key(config: Config) -> str:
     return "best/" + config.evaluation.selection_metric.removeprefix("val/")
 
 
-def _restore(config: Config, worker: Worker, state: Any) -> tuple[int, float | None, int]:
-    """Step, best value and validations since then, from the newest whole checkpoint that rank 0 sees."""
+def _restore(config: Config, worker: Worker, state: Any) -> tuple[int, float | None, int, bool]:
+    """Step, best value, validations since then, and whether that was the end, from the newest whole checkpoint."""
     folder = paths.checkpoints(paths.run_folder(config))
     step = collectives.from_first((checkpoint.newest(folder) or 0) if worker.rank == 0 else 0, worker.device)
     if step == 0:
-        return 0, None, 0
+        return 0, None, 0, False
     tensors, document = checkpoint.load(checkpoint.path_of(folder, step))
     load_named_state(state, tensors)
-    return (config.outer.num_outer_steps if document["stopped_early"] else step), document["best"], document["stale"]
+    return step, document["best"], document["stale"], document["stopped_early"]
 
 
 def _shape_of_sums(config: Config, worker: Worker, learner: build.Learner, tasks: TaskDistribution) -> Any:

@@ -100,12 +100,15 @@ def objective(
     if not any(name.startswith(head + ".") for name, _ in model.named_parameters()):
         raise ConfigError(f"head={head!r} names no submodule with parameters; there are "
                           f"{', '.join(name for name, _ in model.named_children()) or 'none'}.")  # fmt: skip
+    attends = any(isinstance(m, nn.MultiheadAttention | nn.TransformerEncoderLayer) for m in model.modules())
     recurrent_on_gpu = any(isinstance(m, nn.RNNBase) and next(m.parameters()).is_cuda for m in model.modules())
 
     def call(params: Params, arguments: tuple[Any, ...], moment: Moment, submodule: str = "") -> Any:
         module = deterministic if moment.key is None else training
         with ExitStack() as stack:
             stack.enter_context(sdpa_kernel(SDPBackend.MATH))  # the fused kernels have no second derivative
+            if attends:
+                stack.enter_context(_composed_attention())
             if recurrent_on_gpu:  # nor have cuDNN's recurrent cells
                 stack.enter_context(torch.backends.cudnn.flags(enabled=False))
             if moment.key is not None:
@@ -170,6 +173,17 @@ def _refuse_running_statistics(model: nn.Module) -> None:
                 f"{name} is a {kind} with running statistics. They would carry information from task to task and the "
                 f"meta-gradient would not be that of the loss. Write {kind}(..., track_running_stats=False) instead."
             )
+
+
+@contextmanager
+def _composed_attention() -> Iterator[None]:
+    """Without the fused inference kernel, which has no batching rule: vmap would go over its tasks one by one."""
+    enabled = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(enabled)
 
 
 @contextmanager

@@ -43,6 +43,8 @@ def prefetched(
             for index, positions in shards
         ]
 
+    if not steps:
+        return
     with ThreadPoolExecutor(1, thread_name_prefix="episodes") as pool:
         pending = pool.submit(load, steps.start)
         for step in steps:

@@ -113,7 +113,7 @@ def test_hvp_equals_the_explicit_hessian(mode: Any) -> None:
     sizes = [p.numel() for p in THETA.values()]
 
     def unflat(vector: Tensor) -> Params:
-        parts = vector.split(sizes)
+        parts = torch.split(vector, sizes)
         return {name: part.reshape(p.shape) for (name, p), part in zip(THETA.items(), parts, strict=True)}
 
     def flat(params: Params) -> Tensor:
@@ -122,7 +122,7 @@ def test_hvp_equals_the_explicit_hessian(mode: Any) -> None:
     vector = torch.randn(sum(sizes), dtype=torch.float64)
     shift = CONTEXT["shift"]
     both = torch.cat([flat(THETA), shift])
-    whole = torch.autograd.functional.hessian(
+    whole = torch.autograd.functional.hessian(  # type: ignore[no-untyped-call]
         lambda x: support_loss(unflat(x[: len(vector)]), {"shift": x[len(vector) :]}, 2), both
     )
     with torch.no_grad(), hvp_mode(mode):
@@ -168,7 +168,7 @@ def peak_bytes(function: Callable[[int], None], steps: int) -> int:
     function(steps)  # what is allocated once and kept
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
         function(steps)
-    events = profile.profiler.kineto_results.events()  # type: ignore[union-attr]
+    events = profile.profiler.kineto_results.events()
     moments = sorted((e.start_ns(), e.nbytes()) for e in events if e.name() == "[memory]")
     held = peak = 0
     for _, change in moments:

@@ -37,7 +37,9 @@ def test_map_goes_over_several_trees() -> None:
 
 
 def test_index_takes_one_task_and_keeps_a_missing_key_missing() -> None:
-    tasks = Episode(Batch(torch.arange(6).reshape(3, 2), torch.arange(3)), Batch(torch.arange(3), torch.arange(3)), None)
+    tasks = Episode(
+        Batch(torch.arange(6).reshape(3, 2), torch.arange(3)), Batch(torch.arange(3), torch.arange(3)), None
+    )
     one = tree_index(tasks, 1)
     assert one.support.inputs.tolist() == [2, 3]
     assert one.key is None

@@ -1,0 +1,1 @@
+"""Measured claims. Each module is a command: ``python -m benchmarks.NAME``."""

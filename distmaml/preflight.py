@@ -1,0 +1,192 @@
+"""Everything about a training run that can be known to be wrong before a cluster is started."""
+
+import json
+import logging
+import shutil
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from distmaml import build, checkpoint, paths
+from distmaml.config import Config, from_json, to_json
+from distmaml.errors import ConfigError, RunError
+from distmaml.files import write_text
+from distmaml.outer import chunk_sum
+from distmaml.tracking.outbox import Outbox
+from distmaml.trees import tree_to
+
+MAY_CHANGE = {
+    *("name", "output_dir", "resume", "tracking_uri", "experiment", "log_every", "checkpoint_every", "data_dir"),
+    *("num_workers", "use_gpu", "gpus_per_worker", "address", "max_failures"),
+    *("num_outer_steps", "patience", "num_val_episodes", "num_test_episodes", "inductive"),
+}
+"""Fields that may differ between a run and its resumption. With ordered sums, workers may too, to the last bit."""
+
+LEAST_BYTES = 100 * 2**20
+
+
+def named(config: Config) -> Config:
+    """The configuration with a name and an absolute output folder.
+
+    Raises:
+      ConfigError: a run is to be resumed, but nobody says which.
+    """
+    name = config.run.name
+    if name is None:
+        if config.run.resume:
+            raise ConfigError("--resume needs the --name of the run to go on with.")
+        name = f"{config.recipe}-{time.strftime('%Y%m%d-%H%M%S')}"
+    return replace(config, run=replace(config.run, name=name, output_dir=paths.output_dir(config.run.output_dir)))
+
+
+def check_output(folder: Path) -> None:
+    """Refuses an output folder in which nothing can be written.
+
+    Raises:
+      RunError: naming the reason.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        write_text(folder / ".writable", "")
+        (folder / ".writable").unlink()
+        free = shutil.disk_usage(folder).free
+    except (OSError, RunError) as error:
+        raise RunError(f"cannot write in {folder}: {error}. Name another folder by --output-dir.") from error
+    if free < LEAST_BYTES:
+        raise RunError(
+            f"{folder} has {free / 2**20:.0f} MiB of free space; a run wants {LEAST_BYTES / 2**20:.0f} MiB or more. "
+            "Make room, or name another folder by --output-dir."
+        )
+
+
+# ------------------------------------------------------------------------------------------ an earlier run
+
+
+def check_new(config: Config, folder: Path) -> None:
+    """Refuses the name of a run that has got somewhere. One that ended before its first checkpoint does not count.
+
+    Raises:
+      RunError: the run exists, or is being trained right now.
+    """
+    if not was_started(folder):
+        return
+    done = checkpoint.steps(paths.checkpoints(folder))
+    if done:
+        raise RunError(
+            f"a run named {config.run.name!r} exists in {folder}, {done[-1]} outer steps long. Go on with it by "
+            "--resume, or choose another --name."
+        )
+    with claimed(folder):
+        pass  # nobody is busy with it
+
+
+def check_resumable(config: Config, folder: Path) -> None:
+    """Refuses to go on with a run that is not there, that was another experiment, or that has finished.
+
+    Raises:
+      RunError: naming what stands in the way, and the way out.
+    """
+    if not was_started(folder):
+        raise RunError(f"there is no run named {config.run.name!r} in {folder.parent} to resume.")
+    if (folder / "config.json").exists():
+        before, now = to_json(from_json(json.loads((folder / "config.json").read_text()))), to_json(config)
+        changed = [key for key in now if before.get(key) != now[key] and key not in MAY_CHANGE]
+        if changed:
+            listed = ", ".join(f"{key}={now[key]!r} (was {before.get(key)!r})" for key in changed)
+            raise RunError(
+                f"the run {config.run.name!r} cannot go on with {listed}. Take the old values or another --name."
+            )
+    last = checkpoint.newest(paths.checkpoints(folder)) or 0
+    finished = _end(folder) == "FINISHED"
+    if last > config.outer.num_outer_steps or (finished and last == config.outer.num_outer_steps):
+        raise RunError(
+            f"the run {config.run.name!r} has {'finished its' if finished else 'done'} {last} outer steps. Ask for "
+            "more by --num-outer-steps, or start a new run under another --name."
+        )
+    if finished and checkpoint.load(checkpoint.path_of(paths.checkpoints(folder), last))[1]["stopped_early"]:
+        raise RunError(
+            f"the run {config.run.name!r} stopped early after {last} outer steps, for want of a better "
+            f"{config.evaluation.selection_metric}. Start a new run under another --name, with more --patience."
+        )
+
+
+def was_started(folder: Path) -> bool:
+    """Whether there is a run in a folder, however far it got."""
+    return (folder / "config.json").exists() or (folder / "tracking" / "run.json").exists()
+
+
+@contextmanager
+def claimed(folder: Path) -> Iterator[None]:
+    """A block in which no other process is busy with the run.
+
+    Raises:
+      RunError: another one is.
+    """
+    outbox = Outbox(folder)
+    outbox.claim()
+    try:
+        yield
+    finally:
+        outbox.release()
+
+
+def _end(folder: Path) -> str | None:
+    """How the run last said that it ended."""
+    ends = [record["status"] for record in Outbox(folder).records() if record["kind"] == "ended"]
+    return ends[-1] if ends else None
+
+
+# ------------------------------------------------------------------------------------------- the rehearsal
+
+
+def rehearse(config: Config, *, local: bool) -> None:
+    """One task's gradient in this process, so that a mistake shows before any cluster work.
+
+    Args:
+      local: the cluster will be started on this machine.
+
+    Raises:
+      ConfigError: options that do not get along.
+      DataError: data that are not there or do not suffice.
+    """
+    if config.cluster.use_gpu == "yes" and local and not torch.cuda.is_available():
+        raise ConfigError(
+            "use_gpu='yes', but torch finds no GPU on this machine. Take --use-gpu auto, or name a cluster."
+        )
+    tasks = build.task_distributions(config)
+    device, dtype = torch.device("cpu"), getattr(torch, config.outer.precision)
+    learner = build.learner(config, build.shapes(tasks["train"]), device)
+    try:
+        one = tree_to(tasks["train"].sample([0]), device, dtype)
+        with _quietly():
+            chunk_sum(learner.algorithm, learner.meta_params, one, 0, vectorize=learner.vectorize)
+    except (RuntimeError, TypeError, ValueError, IndexError) as error:
+        raise ConfigError(
+            f"model={config.model!r} does not get along with tasks={config.tasks!r} and objective={config.objective!r}"
+            f": {str(error).splitlines()[0] if str(error) else type(error).__name__}"
+        ) from error
+    judged = {f"val/query_{name}" for name in ("loss", *learner.objective.metrics)}
+    judged |= {f"{name}_step_{k}" for name in judged for k in range(config.evaluation.num_eval_steps + 1)}
+    if config.evaluation.val_every and config.evaluation.selection_metric not in judged:
+        raise ConfigError(
+            f"selection_metric={config.evaluation.selection_metric!r} is not among the metrics of this run: "
+            f"{', '.join(sorted(name for name in judged if '_step_' not in name))}."
+        )
+
+
+@contextmanager
+def _quietly() -> Iterator[None]:
+    """One thread, as in a worker, and no warning of what rank 0 will say again."""
+    logger, threads = logging.getLogger("distmaml"), torch.get_num_threads()
+    level = logger.level
+    torch.set_num_threads(1)
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+        logger.setLevel(level)

@@ -1,0 +1,188 @@
+"""A configuration goes through JSON and overrides unharmed, and what cannot work is refused by name."""
+
+import ast
+import dataclasses
+import itertools
+import json
+import math
+from pathlib import Path
+from typing import Any, cast
+
+import pytest
+
+from distmaml import config as module
+from distmaml.config import OPTIONS, Config, check, flatten, from_json, override, to_json
+from distmaml.errors import ConfigError
+from distmaml.recipes import RECIPES
+
+CUSTOM = {"algorithm": "mine:algorithm", "model": "mine:model", "tasks": "mine:tasks"}
+COMBINATIONS = [
+    dict(zip(OPTIONS, names, strict=True))
+    for names in itertools.product(*([*table, CUSTOM[selector]] for selector, (table, _) in OPTIONS.items()))
+]
+"""Every selection of algorithm, model and tasks, with a user's own among them."""
+
+
+def through_json(config: Config) -> Config:
+    return from_json(json.loads(json.dumps(to_json(config))))
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_a_recipe_goes_through_json_unharmed_and_passes_its_checks(name: str) -> None:
+    config = RECIPES[name]()
+    assert config.recipe == name
+    assert through_json(config) == config
+    check(config)
+
+
+@pytest.mark.parametrize("selection", COMBINATIONS, ids=lambda s: "-".join(s.values()))
+def test_every_combination_goes_through_json_and_has_flat_names_that_are_unique(selection: dict[str, str]) -> None:
+    config = override(Config(), selection)
+    assert through_json(config) == config
+
+    def names(part: Any) -> list[str]:
+        found: list[str] = []
+        for entry in dataclasses.fields(part):
+            value = getattr(part, entry.name)
+            found += names(value) if dataclasses.is_dataclass(value) else [entry.name]
+        return found
+
+    assert sorted(names(config)) == sorted(flatten(config))
+
+
+def test_overrides_of_every_type_go_through_json() -> None:
+    values = {
+        "model": "mlp", "hidden_sizes": (7, 8), "output_dir": Path("/tmp/x"), "clip_norm": 2.0, "patience": 3,
+        "schedule": "linear", "inductive": False, "name": "a", "data_dir": None, "inner_lr": 0.25,
+    }  # fmt: skip
+    config = override(Config(), values)
+    assert {name: flatten(config)[name] for name in values} == values
+    assert through_json(config) == config
+    mine = override(
+        Config(), {"model": "mine:net", "model_arguments": {"width": 3, "deep": True, "kind": "x", "rate": 0.5}}
+    )
+    assert through_json(mine) == mine
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("num_ways", "5"),
+        ("num_ways", 5.0),
+        ("num_ways", True),
+        ("inner_lr", "0.1"),
+        ("schedule", "cosin"),
+        ("patience", "x"),
+    ],
+)
+def test_json_of_the_wrong_type_is_refused(name: str, value: Any) -> None:
+    with pytest.raises(ConfigError, match=f"{name}={value!r} is not of the type"):
+        from_json({**to_json(Config()), name: value})
+
+
+@pytest.mark.parametrize(
+    ("wrong", "right"), [("inner_lrr", "inner_lr"), ("num_way", "num_ways"), ("outer-lr", "outer_lr")]
+)
+def test_an_unknown_option_gets_the_nearest_name(wrong: str, right: str) -> None:
+    expected = f"unknown option '{wrong}'; did you mean '{right}'"
+    with pytest.raises(ConfigError, match=expected):
+        override(Config(), {wrong: 1})
+    with pytest.raises(ConfigError, match=expected):
+        from_json({wrong: 1})
+
+
+@pytest.mark.parametrize(
+    ("selector", "wrong", "right"),
+    [("algorithm", "mamel", "maml"), ("model", "conv", "conv4"), ("tasks", "sinus", "sinusoid")],
+)
+def test_an_unknown_name_of_a_table_gets_the_nearest(selector: str, wrong: str, right: str) -> None:
+    with pytest.raises(ConfigError, match=f"unknown {selector} '{wrong}'; did you mean '{right}'"):
+        override(Config(), {selector: wrong})
+    with pytest.raises(ConfigError, match=f"did you mean '{right}'"):
+        check(dataclasses.replace(Config(), **cast(Any, {selector: wrong})))
+
+
+def test_another_algorithm_or_task_keeps_the_values_that_both_know() -> None:
+    config = override(Config(), {"inner_lr": 0.3, "num_inner_steps": 2, "num_shots": 4, "num_queries": 7})
+    changed = override(config, {"algorithm": "anil", "tasks": "sinusoid", "num_eval_queries": 9})
+    flat = flatten(changed)
+    assert [flat[n] for n in ("inner_lr", "num_inner_steps", "num_shots", "num_queries", "num_eval_queries")] == [
+        0.3, 2, 4, 7, 9,
+    ]  # fmt: skip
+    assert "num_ways" not in flat
+
+
+def test_an_override_leaves_the_original_as_it_was() -> None:
+    config = Config()
+    override(config, {"inner_lr": 0.3, "model": "mlp"})
+    assert config == Config()
+
+
+def test_every_field_has_a_docstring_under_it() -> None:
+    tree = ast.parse(Path(module.__file__).read_text())
+    classes = [node for node in tree.body if isinstance(node, ast.ClassDef)]
+    assert {"Config", "InnerLoop", "Outer"} <= {cls.name for cls in classes}
+    for cls in classes:
+        for entry, after in itertools.pairwise([*cls.body, None]):
+            if isinstance(entry, ast.AnnAssign):
+                described = isinstance(after, ast.Expr) and isinstance(after.value, ast.Constant)
+                assert described, f"{cls.name}.{ast.unparse(entry.target)} has no docstring"
+
+
+POSITIVE = [
+    "num_inner_steps", "num_filters", "image_size", "num_shots", "num_queries", "num_eval_queries", "num_outer_steps",
+    "meta_batch_size", "reduction_chunk", "num_workers", "num_eval_steps", "log_every", "checkpoint_every",
+    "num_val_episodes", "patience",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", POSITIVE)
+@pytest.mark.parametrize("value", [0, -1])
+def test_a_count_below_one_is_refused(name: str, value: int) -> None:
+    with pytest.raises(ConfigError, match=f"{name}={value} must be 1 or more"):
+        check(override(Config(), {name: value}))
+
+
+@pytest.mark.parametrize("name", ["inner_lr", "outer_lr", "clip_norm", "gpus_per_worker"])
+@pytest.mark.parametrize("value", [0.0, -0.1, math.nan, math.inf])
+def test_a_rate_that_is_not_positive_and_finite_is_refused(name: str, value: float) -> None:
+    with pytest.raises(ConfigError, match=f"{name}={value} must be greater than 0 and finite"):
+        check(override(Config(), {name: value}))
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("val_every", -1), ("num_test_episodes", -5), ("max_failures", -1), ("seed", -1), ("weight_decay", -0.1),
+     ("weight_decay", math.nan), ("weight_decay", math.inf)],
+)  # fmt: skip
+def test_a_negative_value_is_refused(name: str, value: float) -> None:
+    with pytest.raises(ConfigError, match=f"{name}={value} must be 0 or more"):
+        check(override(Config(), {name: value}))
+
+
+@pytest.mark.parametrize("value", [-0.1, 1.1, math.nan])
+def test_a_final_share_outside_zero_and_one_is_refused(value: float) -> None:
+    with pytest.raises(ConfigError, match="final_lr_fraction"):
+        check(override(Config(), {"final_lr_fraction": value}))
+
+
+@pytest.mark.parametrize("value", [1, 0])
+def test_fewer_than_two_ways_are_refused(value: int) -> None:
+    with pytest.raises(ConfigError, match=f"num_ways={value}"):
+        check(override(Config(), {"num_ways": value}))
+
+
+def test_an_empty_layer_is_refused() -> None:
+    with pytest.raises(ConfigError, match="hidden_sizes"):
+        check(override(Config(), {"model": "mlp", "hidden_sizes": (4, 0)}))
+
+
+@pytest.mark.parametrize("name", ["../x", "a/b", "..", ".", "", "a b", "a\n", "a\\b", "~x", "a:b", "%2e"])
+def test_a_name_that_could_leave_its_folder_is_refused(name: str) -> None:
+    with pytest.raises(ConfigError, match="may hold only letters, digits"):
+        check(override(Config(), {"name": name}))
+
+
+@pytest.mark.parametrize("name", ["a", "glyphs-maml_5w.1s", "2024-01-01", "straße", None])
+def test_a_plain_name_is_accepted(name: str | None) -> None:
+    check(override(Config(), {"name": name}))

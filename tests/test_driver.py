@@ -1,0 +1,505 @@
+"""Whole runs: what they leave behind, how they end, and how they go on."""
+
+import json
+import re
+import shutil
+import signal
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import safetensors.torch
+import torch
+
+from distmaml import checkpoint, driver, launch
+from distmaml.config import Config, override
+from distmaml.errors import ConfigError, DataError, DistmamlError, DivergenceError, RunError, TrackingError
+from distmaml.recipes import glyphs_maml_5w1s, sinusoid_maml_5s
+from distmaml.worker import LocalWorker, Worker
+from tests.conftest import Job, StartJob
+
+pytestmark = pytest.mark.filterwarnings("ignore:The ``noload`` loader strategy:DeprecationWarning")
+
+TINY = {
+    "num_outer_steps": 4,
+    "meta_batch_size": 2,
+    "reduction_chunk": 1,
+    "val_every": 2,
+    "num_val_episodes": 4,
+    "num_test_episodes": 4,
+    "checkpoint_every": 2,
+    "log_every": 1,
+    "num_eval_steps": 1,
+}
+
+
+def sinusoid(output_dir: Path, **values: Any) -> Config:
+    """A run of a moment."""
+    return override(sinusoid_maml_5s(), {**TINY, "name": "sine", "output_dir": output_dir, **values})
+
+
+def glyphs(output_dir: Path, **values: Any) -> Config:
+    """A run of a moment that has a data set."""
+    settings = {**TINY, "num_filters": 4, "num_queries": 2, "num_eval_queries": 2, "name": "glyphs", **values}
+    return override(glyphs_maml_5w1s(), {**settings, "output_dir": output_dir})
+
+
+@pytest.fixture
+def locally(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The one worker runs in this process; everything else of the driver is as ever."""
+
+    @contextmanager
+    def cluster(address: str | None, *, num_cpus: int) -> Iterator[Mapping[str, float]]:
+        yield {"CPU": float(num_cpus)}
+
+    def fit(loop: Callable[[Config, Worker], Any], config: Config, **_: Any) -> Any:
+        return loop(config, LocalWorker())
+
+    monkeypatch.setattr(launch, "cluster", cluster)
+    monkeypatch.setattr(launch, "fit", fit)
+    torch.set_num_threads(1)
+
+
+@pytest.fixture
+def no_cluster(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A cluster that is started all the same fails the test."""
+
+    def cluster(address: str | None, *, num_cpus: int) -> None:
+        pytest.fail("a cluster was started")
+
+    monkeypatch.setattr(launch, "cluster", cluster)
+
+
+def mlflow_runs(output_dir: Path) -> list[Any]:
+    """All runs of the embedded database."""
+    from mlflow import MlflowClient
+
+    client = MlflowClient(f"sqlite:///{output_dir / 'mlflow.db'}")
+    return list(client.search_runs([experiment.experiment_id for experiment in client.search_experiments()]))
+
+
+def logged_steps(output_dir: Path, run: Any, key: str) -> list[int]:
+    """The steps of all points of a metric, duplicates too."""
+    from mlflow import MlflowClient
+
+    history = MlflowClient(f"sqlite:///{output_dir / 'mlflow.db'}").get_metric_history(run.info.run_id, key)
+    return sorted(metric.step for metric in history)
+
+
+def artifacts(output_dir: Path, run: Any) -> set[str]:
+    root = output_dir / "mlartifacts" / run.info.run_id / "artifacts"
+    return {str(file.relative_to(root)) for file in root.rglob("*") if file.is_file()}
+
+
+# ---------------------------------------------------------------------------------------- what a run leaves
+
+
+@pytest.mark.usefixtures("locally")
+def test_a_run_is_one_finished_mlflow_run_with_all_that_belongs_to_it(output_dir: Path) -> None:
+    outcome = driver.train(glyphs(output_dir))
+
+    (run,) = mlflow_runs(output_dir)
+    assert run.info.status == "FINISHED"
+    assert run.info.run_name == "glyphs"
+    assert run.data.params["inner_lr"] == "0.4"
+    assert run.data.params["num_filters"] == "4"
+    assert {
+        *("train/query_loss", "val/query_accuracy", "val/query_accuracy_step_0", "best/query_accuracy"),
+        *("test/query_accuracy", "test_inductive/query_accuracy", "system/tasks_per_second"),
+    } <= set(run.data.metrics)
+    assert logged_steps(output_dir, run, "train/query_loss") == [1, 2, 3, 4]
+    (data,) = run.inputs.dataset_inputs
+    assert data.dataset.name == "glyphs"
+    assert len(run.data.tags["distmaml.split_hash"]) >= 16
+    assert artifacts(output_dir, run) == {
+        *(
+            "config.json",
+            "model/model.safetensors",
+            "evaluation/evaluation-test.json",
+            "evaluation/evaluation-test.csv",
+        ),
+        *("pictures/learning_curve.png", "pictures/adaptation_curve.png", "pictures/episode.png"),
+    }
+    record = json.loads((outcome.folder / "evaluation-test.json").read_text())
+    assert record["num_episodes"] == 4
+    assert record["dataset"]["content_hash"].startswith(data.dataset.digest)
+    mean = record["scores"]["transductive"]["query_accuracy"][-1]["mean"]
+    assert run.data.metrics["test/query_accuracy"] == pytest.approx(mean)
+
+
+@pytest.mark.usefixtures("locally")
+def test_an_evaluation_joins_the_run_that_it_is_about(output_dir: Path) -> None:
+    config = sinusoid(output_dir)
+    driver.train(config)
+    found = driver.evaluate(override(config, {"num_test_episodes": 6}), split="test", step=2)
+
+    assert found["step"] == 2
+    assert found["num_episodes"] == 6
+    assert [file.name for file in found["files"]] == ["evaluation-test-step2.json", "evaluation-test-step2.csv"]
+    (run,) = mlflow_runs(output_dir)
+    assert run.info.status == "FINISHED"
+    assert "evaluation/evaluation-test-step2.json" in artifacts(output_dir, run)
+    assert logged_steps(output_dir, run, "evaluation_test/query_loss") == [2]
+    assert len(logged_steps(output_dir, run, "test/query_loss")) == 1, "the score of the result is still the only one"
+
+
+# ------------------------------------------------------------------------------------- names and resumption
+
+
+@pytest.mark.usefixtures("locally")
+def test_a_finished_run_is_neither_repeated_nor_silently_continued(output_dir: Path) -> None:
+    config = sinusoid(output_dir)
+    driver.train(config)
+    with pytest.raises(RunError, match=r"exists in .*4 outer steps long.*--resume.*--name"):
+        driver.train(config)
+    with pytest.raises(RunError, match=r"finished its 4 outer steps.*--num-outer-steps"):
+        driver.train(override(config, {"resume": True}))
+    with pytest.raises(RunError, match=r"cannot go on with inner_lr=0\.5 \(was 0\.01\)"):
+        driver.train(override(config, {"resume": True, "inner_lr": 0.5, "num_outer_steps": 6}))
+    assert len(mlflow_runs(output_dir)) == 1
+
+
+@pytest.mark.usefixtures("locally")
+def test_a_finished_run_goes_on_when_more_steps_are_asked_for(output_dir: Path) -> None:
+    driver.train(sinusoid(output_dir))
+    longer = driver.train(sinusoid(output_dir, resume=True, num_outer_steps=6, num_workers=2))
+
+    (run,) = mlflow_runs(output_dir)
+    assert run.info.status == "FINISHED"
+    assert logged_steps(output_dir, run, "train/query_loss") == [1, 2, 3, 4, 5, 6]
+    straight = driver.train(sinusoid(output_dir, name="straight", num_outer_steps=6))
+    assert_same_result(longer.folder, straight.folder, step=6)
+
+
+@pytest.mark.usefixtures("locally")
+def test_a_run_that_was_killed_in_its_test_is_tested_when_resumed(
+    output_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def evaluate(config: Config, worker: Worker) -> None:
+        raise KeyboardInterrupt
+
+    config = sinusoid(output_dir)
+    with monkeypatch.context() as patch:
+        patch.setattr("distmaml.loop.evaluate", evaluate)
+        with pytest.raises(KeyboardInterrupt):
+            driver.train(config)
+    assert [run.info.status for run in mlflow_runs(output_dir)] == ["KILLED"]
+    outcome = driver.train(override(config, {"resume": True}))
+    assert "transductive" in outcome.scores
+    assert [run.info.status for run in mlflow_runs(output_dir)] == ["FINISHED"]
+
+
+@pytest.mark.usefixtures("locally")
+def test_a_run_that_stopped_early_says_so_when_it_is_resumed(output_dir: Path) -> None:
+    # outer_lr is so small that the loss of validation is the same, hence never better than the first
+    config = sinusoid(output_dir, num_outer_steps=40, patience=1, outer_lr=1e-30)
+    outcome = driver.train(config)
+    assert outcome.metrics["step"] == 4
+    with pytest.raises(RunError, match=r"stopped early after 4 outer steps.*--patience"):
+        driver.train(override(config, {"resume": True}))
+
+
+@pytest.mark.usefixtures("locally")
+def test_a_run_without_a_checkpoint_starts_anew_under_its_name(output_dir: Path) -> None:
+    with pytest.raises(DivergenceError):
+        driver.train(sinusoid(output_dir, outer_lr=1e30))  # a slip of the hand
+    driver.train(sinusoid(output_dir))
+    runs = mlflow_runs(output_dir)
+    assert sorted(run.info.status for run in runs) == ["FAILED", "FINISHED"]
+    assert {run.data.params["outer_lr"] for run in runs} == {"1e+30", "0.001"}
+
+
+@pytest.mark.usefixtures("locally")
+def test_a_run_in_use_is_not_touched(output_dir: Path) -> None:
+    from distmaml.tracking.outbox import Outbox
+
+    folder = output_dir / "runs" / "sine"
+    outbox = Outbox(folder)
+    outbox.claim()
+    (folder / "config.json").write_text("{}")
+    try:
+        with pytest.raises(RunError, match=r"in use by another process"):
+            driver.train(sinusoid(output_dir))
+    finally:
+        outbox.release()
+    assert (folder / "config.json").read_text() == "{}"
+
+
+# ------------------------------------------------------------------------------------------------ failures
+
+
+@pytest.mark.usefixtures("locally")
+def test_a_run_that_diverges_has_failed_with_a_reason_and_keeps_its_last_checkpoint(output_dir: Path) -> None:
+    config = sinusoid(output_dir, num_outer_steps=40, checkpoint_every=1, outer_lr=1e18, optimizer="sgd", val_every=0)
+    with pytest.raises(DivergenceError, match=r"no longer finite at outer step \d+.*learning rate"):
+        driver.train(config)
+    (run,) = mlflow_runs(output_dir)
+    assert run.info.status == "FAILED"
+    assert "no longer finite at outer step" in run.data.tags["distmaml.reason"]
+    folder = output_dir / "runs" / "sine" / "checkpoints"
+    newest = checkpoint.newest(folder)
+    assert newest is not None
+    tensors, _ = checkpoint.load(checkpoint.path_of(folder, newest))
+    assert all(tensor.isfinite().all() for name, tensor in tensors.items() if name.startswith("meta_params/"))
+
+
+@pytest.mark.usefixtures("locally")
+def test_the_next_command_sends_what_a_run_had_left(output_dir: Path, prepared: Path) -> None:
+    driver.train(sinusoid(output_dir))
+    # As after an outage for the whole run: MLflow knows nothing of it.
+    shutil.rmtree(output_dir / "mlartifacts")
+    for file in output_dir.glob("mlflow.db*"):
+        file.unlink()
+    shutil.copy(prepared / "mlflow.db", output_dir)
+    (output_dir / "runs" / "sine" / "tracking" / "sent.json").unlink()
+
+    driver.train(sinusoid(output_dir, name="next"))
+    assert {run.info.run_name: run.info.status for run in mlflow_runs(output_dir)} == {
+        "sine": "FINISHED",
+        "next": "FINISHED",
+    }
+    (left,) = [run for run in mlflow_runs(output_dir) if run.info.run_name == "sine"]
+    assert logged_steps(output_dir, left, "train/query_loss") == [1, 2, 3, 4]
+
+
+@pytest.mark.usefixtures("locally")
+def test_a_run_without_mlflow_ends_well(output_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from distmaml.tracking.runs import TrackedRun
+
+    original = TrackedRun.end
+    monkeypatch.setattr(TrackedRun, "end", lambda self, status, **_: original(self, status, timeout=1.0))
+    outcome = driver.train(sinusoid(output_dir, tracking_uri="http://127.0.0.1:9"))
+    assert "transductive" in outcome.scores
+
+
+# -------------------------------------------------------------------------------------------- before the start
+
+
+@pytest.mark.usefixtures("no_cluster")
+@pytest.mark.parametrize(
+    ("values", "error", "message"),
+    [
+        ({"num_ways": 500}, DataError, "num_ways=500 asks for more classes"),
+        ({"objective": "regression"}, ConfigError, "does not get along"),
+        ({"selection_metric": "val/f1"}, ConfigError, "selection_metric='val/f1' is not among"),
+        ({"use_gpu": "yes"}, ConfigError, "no GPU on this machine"),
+        ({"tracking_uri": "postgresql://db"}, TrackingError, "is not the address of an MLflow server"),
+        ({"name": "a/b"}, ConfigError, "may hold only letters"),
+        ({"resume": True}, RunError, "no run named 'glyphs'"),
+        ({"resume": True, "name": None}, ConfigError, "--resume needs the --name"),
+    ],
+)
+def test_what_can_be_known_before_is_said_before_a_cluster_starts(
+    output_dir: Path, values: dict[str, Any], error: type[DistmamlError], message: str
+) -> None:
+    if values.get("use_gpu") == "yes" and torch.cuda.is_available():
+        pytest.skip("this machine has a GPU")
+    with pytest.raises(error, match=message):
+        driver.train(glyphs(output_dir, **values))
+    assert not (output_dir / "runs" / "glyphs" / "config.json").exists(), "another try may take the name"
+    assert not mlflow_runs(output_dir)
+
+
+@pytest.mark.usefixtures("no_cluster")
+def test_an_output_folder_that_cannot_be_written_is_named(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(RunError, match=r"cannot write in .*file/here.*--output-dir"):
+        driver.train(sinusoid(tmp_path / "file" / "here"))
+
+
+@pytest.mark.usefixtures("no_cluster")
+def test_an_output_folder_without_room_is_named(output_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: type("Usage", (), {"free": 2**20}))
+    with pytest.raises(RunError, match=r"1 MiB of free space"):
+        driver.train(sinusoid(output_dir))
+
+
+# ------------------------------------------------------------------------------------------------ with Ray
+
+WAVES = '''
+import time
+from distmaml.tasks.sinusoid import SinusoidTasks
+
+class Waves(SinusoidTasks):
+    """Sine waves that come slowly, so that there is time to kill somebody."""
+
+    def __init__(self, *, split, seed):
+        super().__init__(split=split, seed=seed, num_shots=5, num_queries=5)
+
+    def sample(self, indices):
+        time.sleep(0.05 if self.split == "train" else 0)
+        return super().sample(indices)
+'''
+
+
+class Waves:
+    """Commands over tasks of the user's own, in the working directory, and what they leave."""
+
+    def __init__(self, start_job: StartJob, folder: Path, prepared: Path) -> None:
+        self.folder, self._start_job = folder, start_job
+        self.output_dir = Path(shutil.copytree(prepared, folder / "output"))
+        (folder / "waves.py").write_text(WAVES)
+
+    def train(self, name: str, *arguments: str) -> Job:
+        options = (
+            f"--tasks waves:Waves --output-dir {self.output_dir} --name {name} --meta-batch-size 4 --reduction-chunk 2 "
+            "--num-outer-steps 60 --val-every 20 --num-val-episodes 4 --num-test-episodes 4 --checkpoint-every 10 "
+            "--log-every 5 --num-eval-steps 1"
+        )
+        return self._start_job("train", "sinusoid-maml-5s", *options.split(), *arguments, folder=self.folder)
+
+    def run(self, name: str) -> Path:
+        return self.output_dir / "runs" / name
+
+    def steps(self, name: str) -> list[int]:
+        return checkpoint.steps(self.run(name) / "checkpoints")
+
+    def mlflow_run(self, name: str) -> Any:
+        """The one MLflow run of a name."""
+        (run,) = [run for run in mlflow_runs(self.output_dir) if run.info.run_name == name]
+        return run
+
+    def assert_complete(self, name: str) -> None:
+        """One finished MLflow run, with each point once."""
+        run = self.mlflow_run(name)
+        assert run.info.status == "FINISHED"
+        assert logged_steps(self.output_dir, run, "train/query_loss") == list(range(5, 61, 5))
+        assert logged_steps(self.output_dir, run, "val/query_loss") == [20, 40, 60]
+
+    def assert_nothing_of_ray_is_left(self, job: Job) -> None:
+        end = time.monotonic() + 5
+        while job.ray_processes() and time.monotonic() < end:
+            time.sleep(0.2)
+        assert job.ray_processes() == []
+        assert not (self.output_dir / "ray").exists()
+
+
+@pytest.fixture(scope="module")
+def waves(start_job: StartJob, tmp_path_factory: pytest.TempPathFactory, prepared: Path) -> Waves:
+    return Waves(start_job, tmp_path_factory.mktemp("waves"), prepared)
+
+
+@pytest.fixture(scope="module")
+def undisturbed(waves: Waves) -> Job:
+    """The run that all the others are held against; on one worker, where they have two."""
+    job = waves.train("undisturbed", "--num-workers", "1")
+    assert job.wait() == 0, job.output
+    return job
+
+
+def assert_same_result(one: Path, other: Path, *, step: int) -> None:
+    """The last checkpoints hold the same bits."""
+    files = [checkpoint.path_of(folder / "checkpoints", step).read_bytes() for folder in (one, other)]
+    left, right = map(safetensors.torch.load, files)
+    assert left.keys() == right.keys()
+    assert all(torch.equal(left[name], right[name]) for name in left)
+
+
+@pytest.mark.ray
+def test_a_run_prints_what_a_user_wants_to_see_and_no_more(waves: Waves, undisturbed: Job) -> None:
+    lines = [line for line in undisturbed.output.splitlines() if line]
+    progress = [line for line in lines if re.match(r"step \d+/60", line)]
+    assert progress
+    assert len(set(progress)) == len(progress)
+    others = [line for line in lines if line not in progress]
+    patterns = (
+        r"1 worker on .*",
+        r"Test on .*",
+        r" *inner step .*",
+        r"0 \(before\) .*",
+        r" *1 .*",
+        r"model .*",
+        r"pictures .*",
+        r"compare .*",
+    )
+    assert len(others) == len(patterns), undisturbed.output
+    for line, pattern in zip(others, patterns, strict=True):
+        assert re.fullmatch(pattern, line), undisturbed.output
+    waves.assert_complete("undisturbed")
+    waves.assert_nothing_of_ray_is_left(undisturbed)
+
+
+@pytest.mark.ray
+def test_a_killed_worker_costs_time_and_nothing_else(waves: Waves, undisturbed: Job) -> None:
+    job = waves.train("bereft", "--num-workers", "2")
+    job.wait_for(lambda: 20 in waves.steps("bereft"))
+    first = {worker.pid for worker in job.workers()}
+    job.workers()[-1].kill()
+    job.wait_for(lambda: 30 in waves.steps("bereft"))
+    assert not first & {worker.pid for worker in job.workers()}, "all workers are new"
+    assert job.wait() == 0, job.output
+    assert_same_result(waves.run("bereft"), waves.run("undisturbed"), step=60)
+    waves.assert_complete("bereft")
+    assert not re.search("Traceback|Error", job.output), job.output
+
+
+@pytest.mark.ray
+def test_a_killed_driver_can_be_resumed(waves: Waves, undisturbed: Job) -> None:
+    job = waves.train("orphan", "--num-workers", "2")
+    job.wait_for(lambda: 20 in waves.steps("orphan"))
+    job.process.kill()
+    job.wait()
+    assert waves.mlflow_run("orphan").info.status == "RUNNING", "nobody could say otherwise"
+
+    again = waves.train("orphan")
+    assert again.wait() == 2
+    assert again.output.count("\n") == 1
+    assert "Go on with it by --resume" in again.output
+
+    resumed = waves.train("orphan", "--num-workers", "1", "--resume")
+    assert resumed.wait() == 0, resumed.output
+    assert_same_result(waves.run("orphan"), waves.run("undisturbed"), step=60)
+    waves.assert_complete("orphan")
+
+
+@pytest.mark.ray
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_ends_a_run_in_order(waves: Waves, number: signal.Signals) -> None:
+    name = number.name.lower()
+    job = waves.train(name, "--num-workers", "1")
+    job.wait_for(lambda: 10 in waves.steps(name))
+    begun = time.monotonic()
+    job.process.send_signal(number)
+    time.sleep(0.5)
+    if job.process.poll() is None:
+        job.process.send_signal(number)  # an impatient user
+    assert job.wait(seconds=30) == 130, job.output
+    assert time.monotonic() - begun < 10
+    assert job.output.splitlines()[-1].startswith("stopped"), job.output
+    assert not re.search("Traceback|Error", job.output), job.output
+    assert waves.steps(name)
+    assert waves.mlflow_run(name).info.status == "KILLED"
+    waves.assert_nothing_of_ray_is_left(job)
+
+
+@pytest.mark.ray
+def test_a_signal_ends_a_run_whose_cluster_is_just_starting(waves: Waves) -> None:
+    job = waves.train("hasty", "--num-workers", "1")
+    job.wait_for(lambda: job.ray_processes())
+    begun = time.monotonic()
+    job.process.send_signal(signal.SIGINT)
+    assert job.wait(seconds=30) == 130, job.output
+    assert time.monotonic() - begun < 10
+    assert not re.search("Traceback|Error", job.output), job.output
+    assert waves.mlflow_run("hasty").info.status == "KILLED"
+    waves.assert_nothing_of_ray_is_left(job)
+
+
+@pytest.mark.ray
+def test_a_run_that_diverges_on_workers_is_stopped_and_not_tried_again(waves: Waves) -> None:
+    wrong = "--outer-lr 1e18 --optimizer sgd --val-every 0 --checkpoint-every 1"
+    job = waves.train("steep", "--num-workers", "2", *wrong.split())
+    assert job.wait() == 2, job.output
+    lines = job.output.splitlines()
+    assert lines[-1].startswith("error: "), job.output
+    assert "no longer finite at outer step" in lines[-1]
+    assert not re.search("Traceback|Ray", job.output), job.output
+    run = waves.mlflow_run("steep")
+    assert run.info.status == "FAILED"
+    assert "no longer finite" in run.data.tags["distmaml.reason"]
+    assert Counter(waves.steps("steep")), "the last good checkpoint is kept"
+    waves.assert_nothing_of_ray_is_left(job)

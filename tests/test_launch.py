@@ -1,0 +1,120 @@
+"""Loops on real Ray workers."""
+
+import os
+import signal
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from distmaml import collectives, launch
+from distmaml.errors import ClusterError, DivergenceError
+from distmaml.worker import Worker
+
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")  # Ray's own
+
+NO_CLUSTER = "127.0.0.1:9"
+
+
+def test_an_address_without_a_cluster_is_said_at_once() -> None:
+    begun = time.monotonic()
+    with (
+        pytest.raises(ClusterError, match=r"no Ray cluster at 127.0.0.1:9.*--address"),
+        launch.cluster(NO_CLUSTER, num_cpus=1),
+    ):
+        pass
+    assert time.monotonic() - begun < 10
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("launch")
+
+
+@pytest.fixture(scope="module")
+def _cluster() -> Iterator[None]:
+    handlers = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+    with launch.cluster(None, num_cpus=2) as resources:
+        assert resources["CPU"] == 2
+        assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == handlers
+        yield
+    assert not list(Path(os.environ["RAY_TMPDIR"]).glob("dm-*")), "Ray's files are gone with it"
+    assert "RAY_ADDRESS" not in os.environ
+
+
+def fit(loop: Any, folder: Path, *, num_workers: int = 1, max_failures: int = 3) -> Any:
+    return launch.fit(
+        loop,
+        folder,
+        name="test",
+        storage_path=folder / "ray",
+        num_workers=num_workers,
+        gpus_per_worker=0,
+        max_failures=max_failures,
+    )
+
+
+def count(folder: Path) -> int:
+    """Counts the calls over all processes that come and go."""
+    with (folder / "calls").open("a") as file:
+        file.write("x")
+    return len((folder / "calls").read_text())
+
+
+def add_ranks(folder: Path, worker: Worker) -> tuple[int, int, float]:
+    worker.report({"rank": worker.rank})
+    return worker.rank, worker.world_size, float(collectives.all_reduce(torch.tensor([worker.rank + 1.0])))
+
+
+def diverge(folder: Path, worker: Worker) -> None:
+    count(folder)
+    raise DivergenceError("query_loss is no longer finite")
+
+
+def mistake(folder: Path, worker: Worker) -> None:
+    count(folder)
+    raise KeyError("a key that is not there")
+
+
+def die_once(folder: Path, worker: Worker) -> int:
+    calls = count(folder)
+    if calls == 1:
+        os._exit(1)
+    return calls
+
+
+def die(folder: Path, worker: Worker) -> None:
+    os._exit(1)
+
+
+@pytest.mark.ray
+@pytest.mark.usefixtures("_cluster")
+class TestOnACluster:
+    def test_all_workers_run_the_loop_and_rank_0_returns(self, folder: Path) -> None:
+        assert fit(add_ranks, folder, num_workers=2) == (0, 2, 3.0)
+        assert not (folder / "ray").exists()
+
+    def test_more_workers_than_cpus_are_refused_at_once(self, folder: Path) -> None:
+        with pytest.raises(ClusterError, match=r"3 workers need 3 CPUs, and the cluster has 2. Lower --num-workers"):
+            fit(add_ranks, folder, num_workers=3)
+
+    def test_an_error_on_purpose_comes_through_without_another_try(self, tmp_path: Path) -> None:
+        with pytest.raises(DivergenceError, match=r"^query_loss is no longer finite$"):
+            fit(diverge, tmp_path)
+        assert count(tmp_path) == 2
+
+    def test_a_mistake_comes_through_with_its_traceback_and_without_another_try(self, tmp_path: Path) -> None:
+        with pytest.raises(KeyError) as caught:
+            fit(mistake, tmp_path)
+        assert 'raise KeyError("a key that is not there")' in caught.value.__notes__[0]
+        assert count(tmp_path) == 2
+
+    def test_a_crash_is_tried_again(self, tmp_path: Path) -> None:
+        assert fit(die_once, tmp_path) == 2
+
+    def test_crashes_without_end_are_a_cluster_error(self, tmp_path: Path) -> None:
+        with pytest.raises(ClusterError, match=r"failed more than 0 times.*--resume"):
+            fit(die, tmp_path, max_failures=0)
