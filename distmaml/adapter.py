@@ -54,8 +54,8 @@ class FewShotModel:
         if self.config.objective == "classification":
             if targets.is_floating_point() or int(targets.min()) < 0 or int(targets.max()) >= self.num_outputs:
                 raise DataError(
-                    f"labels from {targets.min().item()} to {targets.max().item()}: this model tells {self.num_outputs} "
-                    f"classes apart, so labels must be whole numbers in [0, {self.num_outputs})."
+                    f"labels from {targets.min().item()} to {targets.max().item()}: this model tells "
+                    f"{self.num_outputs} classes apart, so labels must be whole numbers in [0, {self.num_outputs})."
                 )
             targets = targets.long()
         elif targets.is_floating_point() or self.config.objective == "regression":
@@ -162,7 +162,9 @@ def load(
             f"yourself by load(path, {', '.join(f'{kind}=...' for kind in foreign)})."
         )
     module = model() if model else None
-    learner = build.learner(config, shapes, torch.device("cpu"), module=module, objective=objective, algorithm=algorithm)
+    learner = build.learner(
+        config, shapes, torch.device("cpu"), module=module, objective=objective, algorithm=algorithm
+    )
     names = tree_names(learner.meta_params)
     expected = dict(zip(names, tree_leaves(learner.meta_params), strict=True))
     wrong = [name for name in {*expected, *tensors} if name not in expected or name not in tensors

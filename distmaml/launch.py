@@ -6,8 +6,10 @@ import secrets
 import shutil
 import signal
 import socket
+import sys
 import tempfile
 import threading
+import traceback
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,6 +19,8 @@ import torch
 
 from distmaml.errors import ClusterError, DistmamlError
 from distmaml.worker import Worker
+
+log = logging.getLogger("distmaml")
 
 ConfigT = TypeVar("ConfigT")
 ResultT = TypeVar("ResultT")
@@ -83,9 +87,9 @@ def is_local(address: str | None) -> bool:
 
 @contextmanager
 def _connected(address: str) -> Iterator[Mapping[str, float]]:
+    _probe(address)
     import ray
 
-    _probe(address)
     handlers = _signal_handlers()
     try:
         _init(f"at {address}", handlers, address=address)
@@ -96,11 +100,12 @@ def _connected(address: str) -> Iterator[Mapping[str, float]]:
 
 @contextmanager
 def _started(num_cpus: int) -> Iterator[Mapping[str, float]]:
-    for name, value in _LOCAL_ENVIRONMENT.items():
-        os.environ.setdefault(name, value)
-    if not Path("~/.ray/auth_token").expanduser().exists():
-        os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
-    import ray  # reads the settings above once in a process
+    if "ray" not in sys.modules:  # it reads these when it is imported, and never again
+        for name, value in _LOCAL_ENVIRONMENT.items():
+            os.environ.setdefault(name, value)
+        if not Path("~/.ray/auth_token").expanduser().exists():
+            os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
+    import ray
 
     folder, keep, handlers = _temporary_folder(), False, _signal_handlers()
     try:
@@ -251,18 +256,32 @@ def fit(
         ),
     )
     try:
-        result: ResultT = _beside_main_thread(trainer.fit).return_value
-    except (ray.train.TrainingFailedError, ray.exceptions.RayError) as error:
-        found = _on_purpose(error) or getattr(error, "controller_failure", None)
-        if found is not None and not _of_ray(found):
-            raise found from None
-        raise ClusterError(
-            f"the workers failed more than {max_failures} times; the last error was: {_last_line(error)} Their "
-            "checkpoints are kept: run the same command with --resume to go on."
-        ) from error
+        result: ResultT = _fit(trainer, max_failures)
     finally:
         shutil.rmtree(storage_path, ignore_errors=True)
     return result
+
+
+def _fit(trainer: Any, max_failures: int) -> Any:
+    import ray
+    import ray.train
+
+    for remaining in range(max_failures, -1, -1):
+        try:
+            return _beside_main_thread(trainer.fit).return_value
+        except (ray.train.TrainingFailedError, ray.exceptions.RayError) as error:
+            failure = getattr(error, "controller_failure", error)
+            if isinstance(failure, Exception) and not _of_ray(failure):
+                raise failure from None
+            # Ray Train's own controller has died, or a worker in its first moments: that it does not try again itself.
+            if isinstance(failure, ray.exceptions.RayError) and remaining > 0:
+                log.warning("Ray Train failed (%s); it is started again.", _first_line(failure))
+                continue
+            raise ClusterError(
+                f"the workers failed more than {max_failures} times, the last time so: {_first_line(_cause(error))} "
+                "Their checkpoints are kept: run the same command with --resume to go on."
+            ) from error
+    raise AssertionError("the last round returns or raises")
 
 
 def _beside_main_thread(function: Callable[[], Any]) -> Any:
@@ -289,7 +308,13 @@ def _beside_main_thread(function: Callable[[], Any]) -> Any:
 
 
 def _per_worker(settings: dict[str, Any]) -> Any:
-    return settings["loop"](settings["config"], RayWorker())
+    try:
+        return settings["loop"](settings["config"], RayWorker())
+    except Exception as error:
+        if not isinstance(error, DistmamlError):
+            error.add_note(f"In a worker:\n{traceback.format_exc()}")  # which does not travel by itself
+        logging.getLogger("ray.train").setLevel(logging.CRITICAL)  # it would print the traceback of each worker
+        raise
 
 
 class RayWorker:
@@ -318,43 +343,36 @@ class RayWorker:
 
 
 def _stop_on_purpose() -> Any:
-    from ray.train import UserCallback
+    from ray.train import ControllerError, UserCallback
 
     class StopOnPurpose(UserCallback):  # type: ignore[misc, unused-ignore]
         """Raised in the controller, an exception ends a run at once, where a worker's would start it again."""
 
         def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:
-            errors = list(worker_exceptions.values())
-            for found in [*map(_on_purpose, errors), *map(_mistake, errors)]:
-                if found is not None:
-                    raise found
+            errors = sorted(worker_exceptions.values(), key=_importance)
+            if _importance(errors[0]) < 2:
+                raise ControllerError(errors[0])  # any other type would be logged with its traceback
+            log.warning("A worker failed (%s); all start from the last checkpoint.", _first_line(errors[0]))
 
     return StopOnPurpose()
 
 
-def _on_purpose(error: BaseException) -> DistmamlError | None:
-    """The DistmamlError in a chain of causes and of Ray's own wrappers."""
-    seen: list[Any] = [error]
-    for candidate in seen:
-        if isinstance(candidate, DistmamlError):
-            return candidate
-        if isinstance(candidate, BaseException) and len(seen) < 100:
-            seen += [candidate.__cause__, candidate.__context__]
-            seen += [getattr(candidate, name, None) for name in ("cause", "_base_exc", "controller_failure")]
-            seen += getattr(candidate, "worker_failures", {}).values()
-    return None
+def _importance(error: Exception) -> int:
+    """0 for an error raised on purpose, 1 for a mistake in the code, 2 for a worker's death, 3 for what follows of it.
 
-
-def _mistake(error: Exception) -> Exception | None:
-    """What a worker raised, with its traceback, where the same code would only raise it again.
-
-    RuntimeError and OSError do not count: those are what the survivors of a crash get from their collectives.
+    RuntimeError and OSError are what the survivors get from their collectives; what else raises them is tried again.
     """
-    raised = getattr(error, "_base_exc", None)
-    if not isinstance(raised, Exception) or isinstance(raised, RuntimeError | OSError | MemoryError) or _of_ray(raised):
-        return None
-    raised.add_note(f"In a worker:\n{error}")
-    return raised
+    if isinstance(error, DistmamlError):
+        return 0
+    if _of_ray(error):
+        return 2
+    return 3 if isinstance(error, RuntimeError | OSError | MemoryError) else 1
+
+
+def _cause(error: BaseException) -> BaseException:
+    """The most telling of the errors of a worker group."""
+    failures = getattr(error, "worker_failures", {})
+    return min(failures.values(), key=_importance) if failures else getattr(error, "controller_failure", error)
 
 
 def _of_ray(error: object) -> bool:
@@ -378,6 +396,8 @@ def _python_path() -> str:
     return os.pathsep.join([os.getcwd(), *filter(None, [os.environ.get("PYTHONPATH")])])
 
 
-def _last_line(error: BaseException) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[-1] if lines else type(error).__name__
+def _first_line(error: BaseException) -> str:
+    if type(error).__name__ in ("WorkerHealthCheckFailedError", "ActorDiedError"):
+        return "its process died."
+    lines = str(error).splitlines()
+    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__

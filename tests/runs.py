@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed as dist
-import torch.multiprocessing
+from torch.multiprocessing.spawn import spawn
 
 from distmaml.config import Config, override
 from distmaml.episodes import TaskBatch
@@ -26,7 +26,9 @@ def waves(output_dir: Path, name: str, **changes: Any) -> Config:
         "num_eval_queries": 10, "val_every": 5, "num_val_episodes": 25, "num_test_episodes": 45, "log_every": 1,
         "checkpoint_every": 5,
     }  # fmt: skip
-    base = override(RECIPES["sinusoid-maml-5s"](), values)  # what belongs to other tasks or another model goes with them
+    base = override(
+        RECIPES["sinusoid-maml-5s"](), values
+    )  # what belongs to other tasks or another model goes with them
     return override(base, changes)
 
 
@@ -97,11 +99,9 @@ def one_thread() -> Iterator[None]:
 
 
 def in_groups(folder: Path, world_sizes: Sequence[int], function: Callable[..., None], *arguments: Any) -> None:
-    """Calls ``function(member, *arguments)`` on every member of real gloo groups of these sizes, one after the other."""
+    """Calls ``function(member, *arguments)`` on every member of real gloo groups of these sizes, in turn."""
     folder.mkdir(parents=True, exist_ok=True)
-    torch.multiprocessing.spawn(  # type: ignore[no-untyped-call]
-        _process, args=(folder, tuple(world_sizes), function, arguments), nprocs=max(world_sizes)
-    )
+    spawn(_process, args=(folder, tuple(world_sizes), function, arguments), nprocs=max(world_sizes))  # type: ignore[no-untyped-call]
 
 
 def _process(

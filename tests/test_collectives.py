@@ -9,7 +9,7 @@ import torch
 from distmaml.collectives import all_reduce, from_first, mean_over_tasks
 from distmaml.episodes import shard
 from distmaml.trees import Tree, tree_leaves
-from tests.runs import Member, in_groups, one_thread
+from tests.runs import Member, in_groups
 
 LIKE = {"w": torch.zeros(2), "metrics": (torch.zeros(()),)}
 
@@ -93,9 +93,8 @@ def test_the_plain_mean_is_that_of_all_tasks(reduced: Any) -> None:
 
 def test_a_group_of_one_equals_no_group(reduced: Any) -> None:
     rows = gradients(torch.float32)
-    with one_thread():
-        sums = {0: ({"w": rows[:4].sum(0)}, 4), 1: ({"w": rows[4:].sum(0)}, 3)}
-        mean, _ = mean_over_tasks(sums, {"w": torch.zeros(1000)}, num_chunks=2, ordered=True)
+    sums = {0: ({"w": rows[:4].sum(0)}, 4), 1: ({"w": rows[4:].sum(0)}, 3)}
+    mean, _ = mean_over_tasks(sums, {"w": torch.zeros(1000)}, num_chunks=2, ordered=True)
     assert torch.equal(mean["w"], reduced[1, 0]["torch.float32 True"])
 
 

@@ -1,6 +1,7 @@
 """Whole runs: what they leave behind, how they end, and how they go on."""
 
 import json
+import os
 import re
 import shutil
 import signal
@@ -21,8 +22,6 @@ from distmaml.errors import ConfigError, DataError, DistmamlError, DivergenceErr
 from distmaml.recipes import glyphs_maml_5w1s, sinusoid_maml_5s
 from distmaml.worker import LocalWorker, Worker
 from tests.conftest import Job, StartJob
-
-pytestmark = pytest.mark.filterwarnings("ignore:The ``noload`` loader strategy:DeprecationWarning")
 
 TINY = {
     "num_outer_steps": 4,
@@ -456,6 +455,11 @@ def test_a_killed_driver_can_be_resumed(waves: Waves, undisturbed: Job) -> None:
     waves.assert_complete("orphan")
 
 
+def end_seconds() -> float:
+    """How long a stopped run may take to end: 10 s, where nobody else wants the processors."""
+    return 10 * max(1.0, os.getloadavg()[0] / (os.cpu_count() or 1))
+
+
 @pytest.mark.ray
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_ends_a_run_in_order(waves: Waves, number: signal.Signals) -> None:
@@ -467,8 +471,8 @@ def test_a_signal_ends_a_run_in_order(waves: Waves, number: signal.Signals) -> N
     time.sleep(0.5)
     if job.process.poll() is None:
         job.process.send_signal(number)  # an impatient user
-    assert job.wait(seconds=30) == 130, job.output
-    assert time.monotonic() - begun < 10
+    assert job.wait(seconds=120) == 130, job.output
+    assert time.monotonic() - begun < end_seconds()
     assert job.output.splitlines()[-1].startswith("stopped"), job.output
     assert not re.search("Traceback|Error", job.output), job.output
     assert waves.steps(name)
@@ -482,8 +486,8 @@ def test_a_signal_ends_a_run_whose_cluster_is_just_starting(waves: Waves) -> Non
     job.wait_for(lambda: job.ray_processes())
     begun = time.monotonic()
     job.process.send_signal(signal.SIGINT)
-    assert job.wait(seconds=30) == 130, job.output
-    assert time.monotonic() - begun < 10
+    assert job.wait(seconds=120) == 130, job.output
+    assert time.monotonic() - begun < end_seconds()
     assert not re.search("Traceback|Error", job.output), job.output
     assert waves.mlflow_run("hasty").info.status == "KILLED"
     waves.assert_nothing_of_ray_is_left(job)

@@ -133,7 +133,7 @@ def test_hvp_equals_the_explicit_hessian(mode: Any) -> None:
 
 # -------------------------------------------------------------------------------------------------- memory
 
-WIDTH, SAMPLES = 64, 2048
+WIDTH, SAMPLES = 32, 512
 WIDE: Params = {f"w{i}": torch.randn(WIDTH, WIDTH) / 8 for i in range(4)}
 MANY = torch.randn(SAMPLES, WIDTH)
 COPY = 4 * WIDTH * WIDTH * 4  # bytes of one copy of the parameters

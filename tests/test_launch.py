@@ -82,6 +82,14 @@ def mistake(folder: Path, worker: Worker) -> None:
 def die_once(folder: Path, worker: Worker) -> int:
     calls = count(folder)
     if calls == 1:
+        time.sleep(1)
+        os._exit(1)
+    return calls
+
+
+def die_at_once(folder: Path, worker: Worker) -> int:
+    calls = count(folder)
+    if calls == 1:
         os._exit(1)
     return calls
 
@@ -112,8 +120,9 @@ class TestOnACluster:
         assert 'raise KeyError("a key that is not there")' in caught.value.__notes__[0]
         assert count(tmp_path) == 2
 
-    def test_a_crash_is_tried_again(self, tmp_path: Path) -> None:
-        assert fit(die_once, tmp_path) == 2
+    @pytest.mark.parametrize("loop", [die_once, die_at_once])
+    def test_a_crash_is_tried_again(self, loop: Any, tmp_path: Path) -> None:
+        assert fit(loop, tmp_path) == 2
 
     def test_crashes_without_end_are_a_cluster_error(self, tmp_path: Path) -> None:
         with pytest.raises(ClusterError, match=r"failed more than 0 times.*--resume"):

@@ -14,7 +14,7 @@ from distmaml.config import Config, override
 from distmaml.errors import ConfigError, DivergenceError
 from distmaml.segments import Point, committed_segments, read_points
 from distmaml.worker import LocalWorker
-from tests.runs import Member, in_groups, largest_difference, one_thread, pictures, tiny_store, waves
+from tests.runs import Member, in_groups, largest_difference, pictures, tiny_store, waves
 
 VARIANTS: dict[str, Any] = {
     "sgd": (waves, {"optimizer": "sgd", "reduction": "plain", "precision": "float64", "outer_lr": 0.05}),
@@ -37,16 +37,10 @@ class CrashingWorker(LocalWorker):
             raise KeyboardInterrupt
 
 
-@pytest.fixture(autouse=True)
-def _one_thread() -> Any:
-    with one_thread():
-        yield
-
-
 def state_after(config: Config, step: int | None = None) -> dict[str, Tensor]:
     """Parameters and optimiser, from the checkpoint after a step, the last by default."""
-    found, _ = checkpoint.load(checkpoint.path_of(paths.checkpoints(paths.run_folder(config)), step or config.outer.num_outer_steps))  # fmt: skip
-    return found
+    folder = paths.checkpoints(paths.run_folder(config))
+    return checkpoint.load(checkpoint.path_of(folder, step or config.outer.num_outer_steps))[0]
 
 
 def model_of(config: Config) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -84,12 +78,16 @@ def compared(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     in_groups(together / "processes", [3], train_all, of_three, together)
     ranks = [torch.load(together / f"rank-{rank}.pt", weights_only=False) for rank in range(3)]
     found = {}
-    with one_thread():
-        for name, (make, changes) in VARIANTS.items():
-            config = make(alone, name, **changes)
-            values = loop.train(config, LocalWorker())
-            ours = (values, loop.evaluate(config, LocalWorker()))
-            found[name] = {"one": config, "three": of_three[name], "ours": ours, "ranks": [rank[name] for rank in ranks]}
+    for name, (make, changes) in VARIANTS.items():
+        config = make(alone, name, **changes)
+        values = loop.train(config, LocalWorker())
+        ours = (values, loop.evaluate(config, LocalWorker()))
+        found[name] = {
+            "one": config,
+            "three": of_three[name],
+            "ours": ours,
+            "ranks": [rank[name] for rank in ranks],
+        }
     return found
 
 
@@ -238,12 +236,12 @@ def test_a_loss_that_is_not_finite_ends_the_run_and_keeps_the_checkpoint_before_
 
 def test_a_validation_that_is_not_a_number_is_never_the_best(tmp_path: Path) -> None:
     """Many more inner steps at a large rate than in training diverge in validation alone."""
-    config = waves(tmp_path, "nan", num_outer_steps=3, val_every=3, inner_lr=1.0, num_inner_steps=1, num_eval_steps=200)
+    changes = {"val_every": 3, "checkpoint_every": 3, "inner_lr": 1.0, "num_inner_steps": 1, "num_eval_steps": 200}
+    config = waves(tmp_path, "nan", num_outer_steps=3, **changes)
     first = loop.train(config, LocalWorker())
     assert math.isnan(first["val/query_loss"])
     assert (paths.run_folder(config) / "model.safetensors").exists()  # a run always leaves a model
-    crashed = waves(tmp_path, "later", num_outer_steps=6, val_every=3, checkpoint_every=3, inner_lr=1.0, num_inner_steps=1,
-                    num_eval_steps=200)  # fmt: skip
+    crashed = waves(tmp_path, "later", num_outer_steps=6, **changes)
     crash_after(1, crashed)
     found = loop.train(override(crashed, {"num_eval_steps": 1}), LocalWorker())
     assert found["best/query_loss"] == found["val/query_loss"]
@@ -256,7 +254,11 @@ def test_without_validation_the_model_is_that_of_the_last_step(tmp_path: Path) -
     assert "best/query_loss" not in found
     tensors, document = model_of(config)
     assert document["step"] == 4
-    last = {name.removeprefix("meta_params/"): t for name, t in state_after(config).items() if name.startswith("meta_params/")}
+    last = {
+        name.removeprefix("meta_params/"): t
+        for name, t in state_after(config).items()
+        if name.startswith("meta_params/")
+    }
     assert same_bits(tensors, last)
 
 

@@ -20,7 +20,9 @@ from tests.modules import make
 INNER_LR = 0.3
 
 
-def scored(name: str, *, num_steps: int = 2, queries: slice = slice(4), **changes: Any) -> tuple[nn.Module, Any, Episode, Any]:
+def scored(
+    name: str, *, num_steps: int = 2, queries: slice = slice(4), **changes: Any
+) -> tuple[nn.Module, Any, Episode, Any]:
     case, tasks, _ = make(name)
     theta = initial_params(case.model)
     target = classification(case.model)

@@ -25,8 +25,9 @@ def told(label: int, sample: int) -> npt.NDArray[np.uint8]:
     return picture
 
 
-def made(rows_apart: int = 0) -> tuple[npt.NDArray[np.uint8], list[ClassRows]]:
-    pictures, classes = [], []
+def made() -> tuple[npt.NDArray[np.uint8], list[ClassRows]]:
+    pictures: list[npt.NDArray[np.uint8]] = []
+    classes: list[ClassRows] = []
     for label, count in enumerate(COUNTS):
         rows = np.arange(len(pictures), len(pictures) + count)
         pictures += [told(label, sample) for sample in range(count)]
@@ -80,7 +81,9 @@ def test_labels_are_right_classes_distinct_and_halves_disjoint(rotations: bool) 
 
 
 def test_every_class_sample_and_turn_is_drawn() -> None:
-    seen = {told_all for e in read(source(rotations=True).sample(range(600))) for half in e.values() for _, told_all in half}
+    seen = {
+        told_all for e in read(source(rotations=True).sample(range(600))) for half in e.values() for _, told_all in half
+    }
     assert seen == {(c, s, t) for c, count in enumerate(COUNTS) for s in range(count) for t in range(4)}
 
 

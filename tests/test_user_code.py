@@ -68,7 +68,8 @@ def test_the_result_is_loaded_with_the_users_code_in_hand_and_never_by_its_name(
 
 
 @pytest.mark.parametrize(
-    ("name", "said"), [("nowhere.at_all:network", "cannot be imported"), ("their_package.waves:netwrk", "no attribute 'netwrk'")]
+    ("name", "said"),
+    [("nowhere.at_all:network", "cannot be imported"), ("their_package.waves:netwrk", "no attribute 'netwrk'")],
 )
 def test_a_name_that_leads_nowhere_is_refused(package: str, tmp_path: Path, name: str, said: str) -> None:
     with pytest.raises(ConfigError, match=said):

@@ -21,11 +21,11 @@ class SquareWaves:
 
     def sample(self, indices: Sequence[int]) -> TaskBatch:
         keys = task_keys(self.seed, self.split, indices)
-        height, period = (random_uniform(fold_in(keys, 0), 2) + 0.5).split(1, dim=-1)
+        height, period = torch.split(random_uniform(fold_in(keys, 0), 2) + 0.5, 1, dim=-1)
         x = random_uniform(fold_in(keys, 1), self.num_shots + self.num_queries) * 4 - 2
         y = height * torch.sign(torch.sin(2 * torch.pi * x / period))
         pairs = torch.stack([x, y]).unsqueeze(-1)  # [2, num_tasks, num_samples, 1]
-        support, query = pairs.split([self.num_shots, self.num_queries], dim=2)
+        support, query = torch.split(pairs, [self.num_shots, self.num_queries], dim=2)
         return Episode(Batch(*support), Batch(*query), fold_in(keys, 2))
 
 
