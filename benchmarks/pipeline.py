@@ -114,7 +114,8 @@ def main(
         rates["loop, 1 worker"].append(measure(trained, config, 1))
         rates["loop, 2 workers"].append(measure(trained, config, 2))
     for name, found in rates.items():
-        sys.stdout.write(f"{name:16s} {statistics.median(found):6.1f} tasks/s   ({', '.join(f'{r:.1f}' for r in found)})\n")
+        each = ", ".join(f"{rate:.1f}" for rate in found)
+        sys.stdout.write(f"{name:16s} {statistics.median(found):6.1f} tasks/s   ({each})\n")
     pairs = zip(*rates.values(), strict=True)
     kept, speedup = zip(*[(loop_ / bare_, two / loop_) for bare_, loop_, two in pairs], strict=True)
     sys.stdout.write(f"the loop keeps {statistics.median(kept):.1%} of the bare meta-gradient\n")

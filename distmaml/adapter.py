@@ -66,7 +66,7 @@ class FewShotModel:
         state = self._learner.algorithm.adapt(self._learner.meta_params, Batch(inputs, targets), num_steps=steps)[-1]
         return AdaptedModel(self, state, inputs)
 
-    def read_pictures(self, files: Sequence[Path]) -> Tensor:
+    def read_pictures(self, files: Sequence[str | Path]) -> Tensor:
         """Pictures as this model's inputs, ``[num_files, channels, height, width]`` in [0, 1].
 
         They are read as its training data were: resized, and for drawings inverted, so that dark ink on light paper is
@@ -80,7 +80,7 @@ class FewShotModel:
         if not isinstance(options, ImageTasks):
             raise ConfigError(f"this model was trained on {self.config.tasks!r}, not on images.")
         channels, height, _ = self._shapes.input_shape
-        images = [read_image(file, image_size=height, color=channels == 3, ink=self._ink) for file in files]
+        images = [read_image(Path(file), image_size=height, color=channels == 3, ink=self._ink) for file in files]
         return torch.from_numpy(np.stack(images)).to(torch.float32) / 255
 
     def _inputs(self, inputs: Any) -> Tensor:

@@ -45,7 +45,5 @@ def unknown(kind: str, name: str, allowed: Iterable[str]) -> str:
     """Message for a name that is not in a table, with the nearest one that is."""
     names = sorted(allowed)
     nearest = difflib.get_close_matches(name, names, n=1)
-    hint = f"; did you mean {nearest[0]!r}?" if nearest else ""
-    return f"unknown {kind} {name!r}{hint} Known: {', '.join(names)}." if hint else (
-        f"unknown {kind} {name!r}. Known: {', '.join(names)}."
-    )
+    hint = f"; did you mean {nearest[0]!r}?" if nearest else "."
+    return f"unknown {kind} {name!r}{hint} Known: {', '.join(names)}."

@@ -1,15 +1,15 @@
 """Where things lie under the output folder.
 
-    OUTPUT_DIR/stores/            class stores
-    OUTPUT_DIR/mlflow.db          the embedded tracking database, with mlartifacts/ beside it
-    OUTPUT_DIR/runs/NAME/         one training run:
-      config.json                   its configuration
-      checkpoints/00000100.safetensors
-      metrics/                      committed points
-      progress.json                 how far it is, for whoever watches
-      model.safetensors             the best meta-parameters so far: the result
-      evaluation-test.json, .csv    scores of the model
-      artifacts/                    pictures
+OUTPUT_DIR/stores/            class stores
+OUTPUT_DIR/mlflow.db          the embedded tracking database, with mlartifacts/ beside it
+OUTPUT_DIR/runs/NAME/         one training run:
+  config.json                   its configuration
+  checkpoints/00000100.safetensors
+  metrics/                      committed points
+  progress.json                 how far it is, for whoever watches
+  model.safetensors             the best meta-parameters so far: the result
+  evaluation-test.json, .csv    scores of the model
+  artifacts/                    pictures
 """
 
 import os

@@ -57,11 +57,17 @@ CASES: dict[str, Callable[[], Case]] = {
     "linear": lambda: Case(nn.Sequential(nn.Linear(3, 2)), _normal(3), None),
     "mlp": lambda: Case(nn.Sequential(nn.Linear(3, 8), nn.Tanh(), nn.Linear(8, 4)), _normal(3), 4),
     "convolution": lambda: Case(
-        nn.Sequential(nn.Conv2d(1, 4, 3), nn.GELU(), nn.AvgPool2d(2), nn.Flatten(), nn.Linear(36, 4)), _normal(1, 8, 8), 4
+        nn.Sequential(nn.Conv2d(1, 4, 3), nn.GELU(), nn.AvgPool2d(2), nn.Flatten(), nn.Linear(36, 4)),
+        _normal(1, 8, 8),
+        4,
     ),
     "batch norm": lambda: Case(
         nn.Sequential(
-            nn.Conv2d(2, 4, 3, stride=2), nn.BatchNorm2d(4, track_running_stats=False), nn.SiLU(), nn.Flatten(), nn.Linear(36, 4)
+            nn.Conv2d(2, 4, 3, stride=2),
+            nn.BatchNorm2d(4, track_running_stats=False),
+            nn.SiLU(),
+            nn.Flatten(),
+            nn.Linear(36, 4),
         ),
         _normal(2, 8, 8),
         4,
@@ -71,7 +77,9 @@ CASES: dict[str, Callable[[], Case]] = {
     "lstm": lambda: Case(LastOutput(nn.LSTM(3, 5, batch_first=True), 5, 4), _normal(6, 3), 4),
     "gru": lambda: Case(LastOutput(nn.GRU(3, 5, batch_first=True), 5, 2), _normal(6, 3), None),
     "transformer": lambda: Case(Encoder(4), _tokens, 4),
-    "dropout": lambda: Case(nn.Sequential(nn.Linear(3, 32), nn.Tanh(), nn.Dropout(0.5), nn.Linear(32, 4)), _normal(3), 4),
+    "dropout": lambda: Case(
+        nn.Sequential(nn.Linear(3, 32), nn.Tanh(), nn.Dropout(0.5), nn.Linear(32, 4)), _normal(3), 4
+    ),
     # Its masks are drawn in the memory order of tensors that torch.func lays out in another way than autograd does:
     # not the oracle's masks, so it is compared with differences of the engine's own loss alone.
     "transformer with dropout": lambda: Case(Encoder(4, 0.2, 0.2), _tokens, 4),

@@ -8,9 +8,9 @@ from torch import Tensor, nn
 
 from distmaml import engine as engines
 from distmaml.algorithms.maml import anil, fomaml, maml
+from distmaml.engine import ENGINES
 from distmaml.errors import ConfigError
 from distmaml.objectives import classification, initial_params, objective, regression
-from distmaml.engine import ENGINES
 from distmaml.outer import chunk_sum, meta_gradient
 from distmaml.trees import tree_map
 from tests import oracles
@@ -66,7 +66,7 @@ def test_anil_equals_unrolled_autodiff_over_the_head(name: str) -> None:
 
 @pytest.mark.parametrize("name", SMOOTH)
 def test_maml_equals_central_differences(name: str) -> None:
-    case, tasks, loss = make(name, num_tasks=2)
+    case, tasks, _ = make(name, num_tasks=2)
     theta = initial_params(case.model)
     algorithm = maml(objective_of(case), **INNER)
     found, _ = meta_gradient(algorithm, theta, tasks, 0)
