@@ -52,10 +52,11 @@ class Shapes(NamedTuple):
 
 
 def shapes(tasks: TaskDistribution) -> Shapes:
-    """The shapes of a distribution, read off its task 0. Inputs that are no single tensor have none."""
-    support = tasks.sample([0]).support
+    """The shapes of a distribution, read off its first tasks. Inputs that are no single tensor have none."""
+    support, query, _ = tasks.sample(range(16))  # one task need not have every label
     inputs, targets = support.inputs, support.targets
-    num_outputs = targets.shape[-1] if targets.is_floating_point() else int(targets.max()) + 1
+    largest = max(int(targets.max()), int(query.targets.max()))
+    num_outputs = targets.shape[-1] if targets.is_floating_point() else largest + 1
     return Shapes(tuple(inputs.shape[2:]) if isinstance(inputs, torch.Tensor) else (), num_outputs)
 
 

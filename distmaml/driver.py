@@ -56,6 +56,7 @@ def _train(config: Config, interrupt: Interrupt) -> Outcome:
     output = paths.output_dir(config.run.output_dir)
     (preflight.check_resumable if config.run.resume else preflight.check_new)(config, folder)
     preflight.check_output(output)
+    launch.check_address(config.cluster.address)
     preflight.rehearse(config, local=launch.is_local(config.cluster.address))
     tracking = _open_tracking(config, resuming=folder if config.run.resume else None)
     if not config.run.resume and preflight.was_started(folder):

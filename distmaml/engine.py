@@ -57,8 +57,10 @@ def stack_over_tasks(owner: Any, function: Callable[[Any], Tree], tasks: TaskBat
 def _run(
     owner: Any, function: Callable[[Any], Tree], tasks: TaskBatch, vectorize: bool, side_by_side: Any, one_by_one: Any
 ) -> Tree:
+    allowed = [engine for engine in ENGINES if vectorize or not engine.vectorize]
     known = _engines.get(owner)
-    candidates = [e for e in ENGINES if vectorize or not e.vectorize] if known is None else [known]
+    known = known if known in allowed else None
+    candidates = allowed if known is None else [known]
     refusals: list[tuple[Engine, Exception]] = []
     for engine in candidates:
         try:

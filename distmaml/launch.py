@@ -11,7 +11,7 @@ import tempfile
 import threading
 import traceback
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -75,6 +75,7 @@ def cluster(address: str | None, *, num_cpus: int) -> Iterator[Mapping[str, floa
     """
     for name, value in _ENVIRONMENT.items():
         os.environ.setdefault(name, value)
+    check_address(address)
     found = address or os.environ.get("RAY_ADDRESS")
     with _connected(found) if found else _started(num_cpus) as resources:
         yield resources
@@ -85,15 +86,34 @@ def is_local(address: str | None) -> bool:
     return not (address or os.environ.get("RAY_ADDRESS"))
 
 
+def check_address(address: str | None) -> None:
+    """Looks whether anything answers where a cluster should be; Ray itself waits half a minute and more for it.
+
+    Raises:
+      ClusterError: nothing does.
+    """
+    found = address or os.environ.get("RAY_ADDRESS") or ""
+    host, _, port = found.rpartition(":")
+    if "://" in found or not host or not port.isdecimal():
+        return
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=PROBE_SECONDS).close()
+    except (OSError, OverflowError) as error:
+        raise ClusterError(
+            f"no Ray cluster at {found} ({error}). Check --address (host:port of its head, 6379 by default); leave it "
+            "out to start a cluster on this machine."
+        ) from None
+
+
 @contextmanager
 def _connected(address: str) -> Iterator[Mapping[str, float]]:
-    _probe(address)
     import ray
 
     handlers = _signal_handlers()
     try:
         _init(f"at {address}", handlers, address=address)
-        yield ray.cluster_resources()
+        with _found_by_ray_train(ray):
+            yield ray.cluster_resources()
     finally:
         _shut_down(handlers)
 
@@ -111,8 +131,7 @@ def _started(num_cpus: int) -> Iterator[Mapping[str, float]]:
     try:
         with _environment({"RAY_TMPDIR": str(folder)}):
             _init("on this machine", handlers, num_cpus=num_cpus, include_dashboard=True)
-        # Ray Train's own helpers look the cluster up by this, and give up where a machine has two.
-        with _environment({"RAY_ADDRESS": ray.get_runtime_context().gcs_address}):
+        with _found_by_ray_train(ray):
             yield ray.cluster_resources()
     except ClusterError as error:
         if error.__cause__ is None:
@@ -123,6 +142,11 @@ def _started(num_cpus: int) -> Iterator[Mapping[str, float]]:
         _shut_down(handlers)
         if not keep:
             shutil.rmtree(folder, ignore_errors=True)
+
+
+def _found_by_ray_train(ray: Any) -> AbstractContextManager[None]:
+    """Ray Train's own helpers look the cluster up by $RAY_ADDRESS, and give up where a machine has two."""
+    return _environment({"RAY_ADDRESS": ray.get_runtime_context().gcs_address})
 
 
 def _init(where: str, handlers: Mapping[int, Any], **options: Any) -> None:
@@ -162,20 +186,6 @@ def _signal_handlers() -> dict[int, Any]:
 def _put_back(handlers: Mapping[int, Any]) -> None:
     for number, handler in handlers.items():
         signal.signal(number, handler)
-
-
-def _probe(address: str) -> None:
-    """Ray itself waits half a minute and more for a cluster that is not there."""
-    host, _, port = address.rpartition(":")
-    if "://" in address or not host or not port.isdecimal():
-        return
-    try:
-        socket.create_connection((host.strip("[]"), int(port)), timeout=PROBE_SECONDS).close()
-    except (OSError, OverflowError) as error:
-        raise ClusterError(
-            f"no Ray cluster at {address} ({error}). Check --address (host:port of its head, 6379 by default); leave "
-            "it out to start a cluster on this machine."
-        ) from error
 
 
 def _temporary_folder() -> Path:
@@ -233,9 +243,13 @@ def fit(
     from ray.train.torch import TorchConfig, TorchTrainer
     from ray.train.v2._internal.constants import ENV_VARS_TO_PROPAGATE
 
-    ENV_VARS_TO_PROPAGATE.add("RAY_ADDRESS")  # to the helper that `cluster` speaks of
+    class Trainer(TorchTrainer):  # type: ignore[misc, unused-ignore]
+        def _register_sigint_handler(self, controller: Any) -> None:
+            """Ray Train would take SIGINT for itself, and exit with status 0."""
+
+    ENV_VARS_TO_PROPAGATE.add("RAY_ADDRESS")  # see `_found_by_ray_train`
     _check_room(num_workers, gpus_per_worker, ray.cluster_resources())
-    trainer = TorchTrainer(
+    trainer = Trainer(
         _per_worker,
         train_loop_config={"loop": loop, "config": config},
         torch_config=TorchConfig(
@@ -251,7 +265,7 @@ def fit(
             storage_path=str(storage_path),
             failure_config=ray.train.FailureConfig(max_failures=max_failures, controller_failure_limit=START_FAILURES),
             worker_runtime_env={"env_vars": {**_WORKER_ENVIRONMENT, "PYTHONPATH": _python_path()}},
-            logging_config=ray.train.LoggingConfig(log_level="WARNING"),
+            logging_config=ray.train.LoggingConfig(log_level="ERROR"),  # it warns of every crash with a traceback
             callbacks=[_stop_on_purpose()],
         ),
     )
@@ -268,7 +282,7 @@ def _fit(trainer: Any, max_failures: int) -> Any:
 
     for remaining in range(max_failures, -1, -1):
         try:
-            return _beside_main_thread(trainer.fit).return_value
+            return trainer.fit().return_value
         except (ray.train.TrainingFailedError, ray.exceptions.RayError) as error:
             failure = getattr(error, "controller_failure", error)
             if isinstance(failure, Exception) and not _of_ray(failure):
@@ -278,30 +292,10 @@ def _fit(trainer: Any, max_failures: int) -> Any:
                 log.warning("Ray Train failed (%s); it is started again.", _first_line(failure))
                 continue
             raise ClusterError(
-                f"the workers failed more than {max_failures} times, the last time so: {_first_line(_cause(error))} "
+                f"the workers failed more than {max_failures} times; the last error was: {_first_line(_cause(error))}. "
                 "Their checkpoints are kept: run the same command with --resume to go on."
             ) from error
     raise AssertionError("the last round returns or raises")
-
-
-def _beside_main_thread(function: Callable[[], Any]) -> Any:
-    """Calls a function in a thread: in the main one Ray Train takes SIGINT for itself and exits with status 0."""
-    results: list[Any] = []
-    errors: list[BaseException] = []
-
-    def call() -> None:
-        try:
-            results.append(function())
-        except BaseException as error:
-            errors.append(error)
-
-    thread = threading.Thread(target=call, name="ray-train", daemon=True)
-    thread.start()
-    while thread.is_alive():
-        thread.join(1.0)
-    if errors:
-        raise errors[0]
-    return results[0]
 
 
 # ------------------------------------------------------------------------------------- in the workers
@@ -398,6 +392,6 @@ def _python_path() -> str:
 
 def _first_line(error: BaseException) -> str:
     if type(error).__name__ in ("WorkerHealthCheckFailedError", "ActorDiedError"):
-        return "its process died."
+        return "its process died"
     lines = str(error).splitlines()
     return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__

@@ -31,6 +31,15 @@ def _surroundings() -> Iterator[None]:
     shutil.rmtree(folder, ignore_errors=True)
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _one_thread() -> Iterator[None]:
+    """Bitwise promises are made for a number of threads, and small tensors are computed faster on one."""
+    from tests.runs import one_thread
+
+    with one_thread():
+        yield
+
+
 @pytest.fixture(scope="session")
 def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An output folder with an empty MLflow database, whose migrations take seconds, and the store of the glyphs."""

@@ -18,7 +18,15 @@ import torch
 
 from distmaml import checkpoint, driver, launch
 from distmaml.config import Config, override
-from distmaml.errors import ConfigError, DataError, DistmamlError, DivergenceError, RunError, TrackingError
+from distmaml.errors import (
+    ClusterError,
+    ConfigError,
+    DataError,
+    DistmamlError,
+    DivergenceError,
+    RunError,
+    TrackingError,
+)
 from distmaml.recipes import glyphs_maml_5w1s, sinusoid_maml_5s
 from distmaml.worker import LocalWorker, Worker
 from tests.conftest import Job, StartJob
@@ -285,6 +293,7 @@ def test_a_run_without_mlflow_ends_well(output_dir: Path, monkeypatch: pytest.Mo
         ({"num_ways": 500}, DataError, "num_ways=500 asks for more classes"),
         ({"objective": "regression"}, ConfigError, "does not get along"),
         ({"selection_metric": "val/f1"}, ConfigError, "selection_metric='val/f1' is not among"),
+        ({"address": "127.0.0.1:9"}, ClusterError, "no Ray cluster at 127.0.0.1:9"),
         ({"use_gpu": "yes"}, ConfigError, "no GPU on this machine"),
         ({"tracking_uri": "postgresql://db"}, TrackingError, "is not the address of an MLflow server"),
         ({"name": "a/b"}, ConfigError, "may hold only letters"),

@@ -13,6 +13,7 @@ import torch
 from distmaml import collectives, launch
 from distmaml.errors import ClusterError, DivergenceError
 from distmaml.worker import Worker
+from tests.conftest import StartJob
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")  # Ray's own
 
@@ -105,6 +106,19 @@ class TestOnACluster:
         assert fit(add_ranks, folder, num_workers=2) == (0, 2, 3.0)
         assert not (folder / "ray").exists()
 
+    def test_a_run_on_a_named_cluster_leaves_it_running(
+        self, start_job: StartJob, output_dir: Path, tmp_path: Path
+    ) -> None:
+        options = (
+            f"--address {os.environ['RAY_ADDRESS']} --output-dir {output_dir} --num-outer-steps 2 --meta-batch-size 2 "
+            "--reduction-chunk 1 --num-val-episodes 2 --num-test-episodes 2 --num-eval-steps 1"
+        )
+        job = start_job("train", "sinusoid-maml-5s", *options.split(), folder=tmp_path)
+        assert job.wait() == 0, job.output
+        assert "1 worker on 2 CPUs and 0 GPUs" in job.output
+        assert job.ray_processes() == []
+        assert fit(add_ranks, tmp_path) == (0, 1, 1.0)
+
     def test_more_workers_than_cpus_are_refused_at_once(self, folder: Path) -> None:
         with pytest.raises(ClusterError, match=r"3 workers need 3 CPUs, and the cluster has 2. Lower --num-workers"):
             fit(add_ranks, folder, num_workers=3)
@@ -125,5 +139,5 @@ class TestOnACluster:
         assert fit(loop, tmp_path) == 2
 
     def test_crashes_without_end_are_a_cluster_error(self, tmp_path: Path) -> None:
-        with pytest.raises(ClusterError, match=r"failed more than 0 times.*--resume"):
+        with pytest.raises(ClusterError, match=r"failed more than 0 times.*its process died.*--resume"):
             fit(die, tmp_path, max_failures=0)
