@@ -18,7 +18,6 @@ from distmaml.errors import RunError
 from distmaml.files import write_text
 from distmaml.interrupt import Interrupt, interruptible
 from distmaml.progress import Progress
-from distmaml.report import table as table
 from distmaml.segments import committed_segments
 from distmaml.tracking.outbox import Dataset, Outbox
 from distmaml.worker import Worker

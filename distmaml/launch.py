@@ -40,7 +40,7 @@ _LOCAL_ENVIRONMENT = {
     "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",  # all ports on 127.0.0.1 only
     "RAY_AUTH_MODE": "token",
 }
-_WORKER_ENVIRONMENT = {
+WORKER_ENVIRONMENT = {
     "OMP_NUM_THREADS": "1",  # a worker a core: two threads in one process are worth 1.4 (Conv4, two cores)
     "TORCH_PROCESS_GROUP_SHUTDOWN_TIMEOUT_S": "5",
     # glibc gives large blocks back at every free and faults them in again; keeping them is worth 1.2 to 1.3
@@ -264,7 +264,7 @@ def fit(
             name=name,
             storage_path=str(storage_path),
             failure_config=ray.train.FailureConfig(max_failures=max_failures, controller_failure_limit=START_FAILURES),
-            worker_runtime_env={"env_vars": {**_WORKER_ENVIRONMENT, "PYTHONPATH": _python_path()}},
+            worker_runtime_env={"env_vars": {**WORKER_ENVIRONMENT, "PYTHONPATH": _python_path()}},
             logging_config=ray.train.LoggingConfig(log_level="ERROR"),  # it warns of every crash with a traceback
             callbacks=[_stop_on_purpose()],
         ),

@@ -157,6 +157,9 @@ def rehearse(config: Config, *, local: bool) -> None:
         raise ConfigError(
             "use_gpu='yes', but torch finds no GPU on this machine. Take --use-gpu auto, or name a cluster."
         )
+    opened = build.store(config)
+    if opened is not None:
+        opened.verify()
     tasks = build.task_distributions(config)
     device, dtype = torch.device("cpu"), getattr(torch, config.outer.precision)
     learner = build.learner(config, build.shapes(tasks["train"]), device)

@@ -8,7 +8,7 @@ from typing import Literal
 
 import tyro
 
-from distmaml import cli, config, driver, paths
+from distmaml import cli, config, driver, paths, report
 from distmaml.errors import RunError
 
 
@@ -47,7 +47,7 @@ def main(
     settings = replace(settings, run=replace(settings.run, output_dir=paths.output_dir(output_dir)))
     found = driver.evaluate(settings, split=split, step=step)
     print(f"{run} after {found['step']} outer steps, {found['num_episodes']} episodes of the {split} split:")
-    print(driver.table(found["modes"]))
+    print(report.table(found["modes"]))
     for written in found["files"]:
         print(written)
 

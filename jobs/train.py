@@ -2,7 +2,7 @@
 
 import sys
 
-from distmaml import cli, driver
+from distmaml import cli, driver, report
 
 
 def main() -> int:
@@ -11,7 +11,7 @@ def main() -> int:
     outcome = driver.train(config)
     if outcome.scores:
         print(f"\nTest on {config.evaluation.num_test_episodes} episodes of the test split, which training never saw:")
-        print(driver.table(outcome.scores))
+        print(report.table(outcome.scores))
     print(f"\nmodel     {outcome.folder / 'model.safetensors'}")
     print(f"pictures  {outcome.folder / 'artifacts'}")
     print(f"compare   {cli.ui_command(config)}")

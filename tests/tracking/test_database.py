@@ -15,9 +15,6 @@ import pytest
 from distmaml.errors import TrackingError
 from distmaml.tracking.database import experiment_id, open_tracking
 
-# mlflow's own models use what SQLAlchemy 2.1 deprecates
-pytestmark = pytest.mark.filterwarnings("ignore:The ``noload`` loader strategy:DeprecationWarning")
-
 
 @pytest.fixture(scope="module")
 def template(tmp_path_factory: pytest.TempPathFactory) -> Path:

@@ -26,9 +26,6 @@ from distmaml.tracking.runs import TrackedRun, sweep
 from distmaml.tracking.uploader import Status, replay
 from distmaml.tracking.views import seed_view
 
-# mlflow's own models use what SQLAlchemy 2.1 deprecates
-pytestmark = pytest.mark.filterwarnings("ignore:The ``noload`` loader strategy:DeprecationWarning")
-
 Start = Callable[..., TrackedRun]
 
 
