@@ -31,8 +31,8 @@ def main(model: Path, support: Path, query: Path, output: Path = Path("predictio
     classes = sorted(folder for folder in support.iterdir() if folder.is_dir())
     if not 2 <= len(classes) <= learner.num_outputs:
         raise DataError(
-            f"{support} has {len(classes)} folders; this model tells 2 to {learner.num_outputs} classes apart, and each "
-            "has a folder."
+            f"{support} has {len(classes)} folders. Give a folder for each class; this model tells 2 to "
+            f"{learner.num_outputs} classes apart."
         )
     shots = [pictures(folder) for folder in classes]
     labels = torch.cat([torch.full((len(files),), label) for label, files in enumerate(shots)])
