@@ -1,6 +1,8 @@
 """The command line says what a configuration can say, and refuses the rest in one line."""
 
 import re
+import subprocess
+import sys
 
 import pytest
 
@@ -122,12 +124,19 @@ def test_an_error_on_purpose_is_one_line_and_status_two(capsys: pytest.CaptureFi
     assert capsys.readouterr().err == "error: inner_lr=0 must be more.\n"
 
 
-def test_an_interrupt_is_status_130_and_names_the_way_on(capsys: pytest.CaptureFixture[str]) -> None:
-    def main() -> int:
-        raise KeyboardInterrupt
+_INTERRUPTED = """
+from distmaml.cli import guarded
+def main():
+    raise KeyboardInterrupt
+guarded(main)
+"""
 
-    assert guarded(main) == 130
-    assert "--resume" in capsys.readouterr().err
+
+def test_an_interrupt_is_status_130_and_names_the_way_on() -> None:
+    ended = subprocess.run([sys.executable, "-c", _INTERRUPTED], capture_output=True, text=True)
+    assert ended.returncode == 130
+    assert ended.stderr.count("\n") == 1
+    assert "--resume" in ended.stderr
 
 
 def test_a_bug_keeps_its_traceback() -> None:
