@@ -3,6 +3,8 @@ PYTHON ?= python3.11
 BIN := .venv/bin
 DISTMAML_HOME ?= $(HOME)/distmaml
 export DISTMAML_HOME
+PORT ?= 5000
+SHELL := /bin/bash
 
 .PHONY: train test check ui clean
 
@@ -18,10 +20,12 @@ train: .venv/installed
 
 # The experiments of all runs, in the browser.
 ui: .venv/installed
+	@test -f $(DISTMAML_HOME)/mlflow.db || { echo "there is no run in $(DISTMAML_HOME) yet: make train"; exit 2; }
+	@! (exec 3<>/dev/tcp/127.0.0.1/$(PORT)) 2>/dev/null || { echo "port $(PORT) is in use: make ui PORT=5001"; exit 2; }
 	MLFLOW_DISABLE_TELEMETRY=true MLFLOW_SERVER_ENABLE_JOB_EXECUTION=false PATH="$(CURDIR)/$(BIN):$$PATH" \
 	  $(BIN)/mlflow server --backend-store-uri sqlite:///$(DISTMAML_HOME)/mlflow.db \
-	  --artifacts-destination $(DISTMAML_HOME)/mlartifacts --host 127.0.0.1 --port 5000 --workers 1 \
-	  --allowed-hosts 127.0.0.1:5000,localhost:5000
+	  --artifacts-destination $(DISTMAML_HOME)/mlartifacts --host 127.0.0.1 --port $(PORT) --workers 1 \
+	  --allowed-hosts 127.0.0.1:$(PORT),localhost:$(PORT)
 
 # Lint, types, and the tests that start no server.
 check: .venv/installed

@@ -46,13 +46,15 @@ class FewShotModel:
         Raises:
           DataError: inputs of another shape, labels out of range.
         """
-        inputs, targets = self._inputs(support.inputs), torch.as_tensor(support.targets)
-        if len(inputs) != len(targets) or not len(targets):
+        inputs, targets = self._inputs(support.inputs), _tensor(support.targets, "targets")
+        if targets.dim() == 0 or len(inputs) != len(targets) or not len(targets):
             raise DataError(
-                f"{len(inputs)} support inputs and {len(targets)} targets; there must be equally many, 1 or more."
+                f"{len(inputs)} support inputs and targets of shape {list(targets.shape)}; there must be equally "
+                "many, 1 or more."
             )
         if self.config.objective == "classification":
-            if targets.is_floating_point() or int(targets.min()) < 0 or int(targets.max()) >= self.num_outputs:
+            whole = targets.dim() == 1 and not targets.is_floating_point()
+            if not whole or int(targets.min()) < 0 or int(targets.max()) >= self.num_outputs:
                 raise DataError(
                     f"labels from {targets.min().item()} to {targets.max().item()}: this model tells "
                     f"{self.num_outputs} classes apart, so labels must be whole numbers in [0, {self.num_outputs})."
@@ -84,14 +86,19 @@ class FewShotModel:
         return torch.from_numpy(np.stack(images)).to(torch.float32) / 255
 
     def _inputs(self, inputs: Any) -> Tensor:
-        tensor = torch.as_tensor(inputs)
+        tensor = _tensor(inputs, "inputs")
         if self._shapes.input_shape and tuple(tensor.shape[1:]) != self._shapes.input_shape:
             raise DataError(
                 f"inputs of shape {list(tensor.shape)}; this model takes [num_samples, "
                 f"{', '.join(map(str, self._shapes.input_shape))}]."
             )
-        if not tensor.is_floating_point() and isinstance(self.config.task_options, ImageTasks):
-            raise DataError(f"images of type {tensor.dtype}; this model takes floats in [0, 1]: divide by 255.")
+        if isinstance(self.config.task_options, ImageTasks) and tensor.numel():
+            low, high = float(tensor.min()), float(tensor.max())
+            if not tensor.is_floating_point() or not (low >= 0 and high <= 1):
+                raise DataError(
+                    f"images of type {tensor.dtype} from {low:g} to {high:g}; this model takes floats in "
+                    "[0, 1]: divide by 255."
+                )
         return tensor.to(getattr(torch, self.config.outer.precision)) if tensor.is_floating_point() else tensor
 
 
@@ -126,6 +133,19 @@ class AdaptedModel:
         return predicted.softmax(-1) if self._model.config.objective == "classification" else predicted
 
 
+def _tensor(values: Any, what: str) -> Tensor:
+    try:
+        return (
+            torch.stack(list(values)) if isinstance(values, list) and _are_tensors(values) else torch.as_tensor(values)
+        )
+    except (ValueError, TypeError, RuntimeError) as error:
+        raise DataError(f"the {what} are no tensor ({str(error).splitlines()[0]}); make them one array.") from error
+
+
+def _are_tensors(values: list[Any]) -> bool:
+    return bool(values) and all(isinstance(value, Tensor) for value in values)
+
+
 def load(
     path: str | Path,
     *,
@@ -147,12 +167,14 @@ def load(
     """
     file = Path(path)
     tensors, document = checkpoint.load(file / "model.safetensors" if file.is_dir() else file)
+    if any(name.startswith(("optimizer/", "meta_params/")) for name in tensors):
+        raise CheckpointError(f"{file} is a checkpoint but not a model: take the run's model.safetensors.")
     try:
         config = from_json(document["config"])
         shapes = build.Shapes(tuple(document["shapes"]["input_shape"]), document["shapes"]["num_outputs"])
         ink = bool((document["dataset"] or {}).get("ink", False))
     except (KeyError, TypeError) as error:
-        raise CheckpointError(f"{file} is a checkpoint but not a model: {error} is missing from its header.") from None
+        raise CheckpointError(f"{file} is no model: {error} is missing from its header.") from None
     given = {"model": model, "objective": objective, "algorithm": algorithm}
     foreign = {kind: getattr(config, kind) for kind, own in given.items() if own is None}
     foreign = {kind: name for kind, name in foreign.items() if is_custom(name)}

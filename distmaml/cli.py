@@ -62,6 +62,7 @@ def guarded(main: Callable[[], int | None]) -> int | None:
 
 def ui_command(config: Config) -> str:
     """The command that opens the MLflow UI on the runs of this output folder."""
-    if config.run.tracking_uri:
-        return config.run.tracking_uri
+    server = config.run.tracking_uri or os.environ.get("MLFLOW_TRACKING_URI")
+    if server:
+        return server
     return f"DISTMAML_HOME={paths.output_dir(config.run.output_dir)} make ui"

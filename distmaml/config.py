@@ -9,6 +9,7 @@ names a user's own, whose arguments come as plain keyword arguments from the mat
 """
 
 import dataclasses
+import json
 import math
 import types
 import typing
@@ -325,7 +326,11 @@ def _replace(config: Any, values: Mapping[str, Any]) -> Any:
 
 def to_json(config: Config) -> dict[str, Any]:
     """A flat, JSON-ready dict; `from_json` turns it back into an equal Config."""
-    return {name: str(value) if isinstance(value, Path) else value for name, value in flatten(config).items()}
+
+    def plain(value: Any) -> Any:
+        return str(value) if isinstance(value, Path) else list(value) if isinstance(value, tuple) else value
+
+    return {name: plain(value) for name, value in flatten(config).items()}
 
 
 def from_json(values: Mapping[str, Any]) -> Config:
@@ -372,6 +377,35 @@ def _typed(name: str, value: Any, hint: Any) -> Any:
     raise ConfigError(f"{name}={value!r} is not of the type {hint}.")
 
 
+MAY_CHANGE = {
+    *("name", "output_dir", "resume", "tracking_uri", "experiment", "log_every", "checkpoint_every", "data_dir"),
+    *("num_workers", "use_gpu", "gpus_per_worker", "address", "max_failures"),
+    *("num_outer_steps", "patience", "num_val_episodes", "num_test_episodes", "inductive"),
+}
+"""Fields that may differ between a run and its resumption. With ordered sums, workers may too, to the last bit."""
+
+
+def changes(before: Mapping[str, Any], config: Config) -> list[str]:
+    """What stands between an earlier configuration, from `to_json`, and going on with it: "inner_lr=0.1 (was 0.4)"."""
+    now = to_json(config)
+    return [f"{k}={now[k]!r} (was {before.get(k)!r})" for k in now if k not in MAY_CHANGE and before.get(k) != now[k]]
+
+
+def read(file: Path) -> Config:
+    """The configuration in a JSON file that holds what `to_json` gave.
+
+    Raises:
+      ConfigError: a missing or damaged file, or one with other fields.
+    """
+    try:
+        values = json.loads(file.read_text())
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{file} cannot be read ({error}). Take another run.") from error
+    if not isinstance(values, dict):
+        raise ConfigError(f"{file} is damaged: it holds no configuration. Take another run.")
+    return from_json(values)
+
+
 _POSITIVE = {
     "num_inner_steps", "num_filters", "image_size", "num_ways", "num_shots", "num_queries", "num_eval_queries",
     "num_outer_steps", "meta_batch_size", "reduction_chunk", "num_workers", "num_eval_steps", "log_every",
@@ -407,6 +441,14 @@ def check(config: Config) -> None:
         name = getattr(config, selector)
         if not is_custom(name) and name not in table:
             raise ConfigError(unknown(selector, name, table))
+    if config.evaluation.num_test_episodes == 1:
+        raise ConfigError("num_test_episodes=1 gives no interval; take 2 or more, or 0 for no test.")
+    if config.outer.seed >= 2**63:
+        raise ConfigError(f"seed={config.outer.seed} must be less than 2**63.")
+    if config.cluster.gpus_per_worker > 1 and config.cluster.gpus_per_worker % 1:
+        raise ConfigError(f"gpus_per_worker={config.cluster.gpus_per_worker} must be whole, or a fraction of one.")
     run_name = config.run.name
+    if run_name is not None and len(run_name) > 100:
+        raise ConfigError(f"name={run_name[:20]!r}... has {len(run_name)} characters; 100 are allowed.")
     if run_name is not None and (not run_name.strip(".") or not all(c.isalnum() or c in "._-" for c in run_name)):
         raise ConfigError(f"name={run_name!r} may hold only letters, digits, '.', '_' and '-', and not only dots.")

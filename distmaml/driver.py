@@ -18,6 +18,7 @@ from distmaml.errors import RunError
 from distmaml.files import write_text
 from distmaml.interrupt import Interrupt, interruptible
 from distmaml.progress import Progress
+from distmaml.recorder import check_data
 from distmaml.segments import committed_segments
 from distmaml.tracking.outbox import Dataset, Outbox
 from distmaml.worker import Worker
@@ -64,6 +65,7 @@ def _train(config: Config, interrupt: Interrupt) -> Outcome:
         _say(f"An earlier {name} ended before its first checkpoint; it starts anew.")
     with _tracked(config, folder, tracking, interrupt) as run:
         write_text(folder / "config.json", json.dumps(to_json(config), indent=2))
+        shutil.rmtree(output / "ray" / name, ignore_errors=True)  # of a driver that was killed outright
         with _cluster(config) as resources:
             cpus, gpus = _count(resources.get("CPU", 0), "CPU"), _count(resources.get("GPU", 0), "GPU")
             _say(f"{_count(config.cluster.num_workers, 'worker')} on {cpus} and {gpus}; the run lies in {folder}")
@@ -107,15 +109,18 @@ def evaluate(config: Config, *, split: str, step: int | None) -> dict[str, Any]:
         config = preflight.named(config)
         check(config)
         folder = paths.run_folder(config)
-        checkpoint.load(paths.model(folder) if step is None else checkpoint.path_of(paths.checkpoints(folder), step))
+        file = paths.model(folder) if step is None else checkpoint.path_of(paths.checkpoints(folder), step)
+        check_data(checkpoint.load(file)[1], config)
         tracking = _open_tracking(config, resuming=folder)
         with _cluster(config) as resources:
             found = _fit(_Evaluation(split, step), config, f"{config.run.name}-{split}", resources, max_failures=0)
-        files = report.write_evaluation(config, folder, found, split=split, step=step)
-        # Only what is scored as at the end of the training may take the place of that.
-        prefix = "test" if split == "test" and step is None else f"evaluation_{split}"
-        _tell(folder, tracking, found["step"], report.metrics_of(found["modes"], prefix=prefix), files)
-    return {**found, "num_episodes": report.num_episodes(config, split), "files": files}
+        episodes, steps = report.num_episodes(config, split), config.evaluation.num_eval_steps
+        name = f"evaluation-{split}-{episodes}-episodes-{steps}-steps" + ("" if step is None else f"-at-{step}")
+        files = report.write_evaluation(config, folder, found, split=split, name=name)
+        # Not test/*: what the run itself measured at its end stays its result.
+        metrics = report.metrics_of(found["modes"], prefix=f"evaluation_{split}")
+        _tell(folder, tracking, found["step"], metrics, files)
+    return {**found, "num_episodes": episodes, "files": files}
 
 
 class _Evaluation(NamedTuple):
@@ -132,8 +137,10 @@ class _Evaluation(NamedTuple):
 @contextmanager
 def _cluster(config: Config) -> Iterator[Mapping[str, float]]:
     num_cpus = max(config.cluster.num_workers, os.cpu_count() or 1)
+    local = launch.is_local(config.cluster.address)
     with launch.cluster(config.cluster.address, num_cpus=num_cpus) as resources:
-        yield resources
+        # Ray sees the GPUs of this machine also where its torch was built without.
+        yield {**resources, "GPU": 0.0} if local and not torch.cuda.is_available() else resources
 
 
 def _fit(function: Any, config: Config, name: str, resources: Mapping[str, float], *, max_failures: int) -> Any:
@@ -143,19 +150,20 @@ def _fit(function: Any, config: Config, name: str, resources: Mapping[str, float
             function,
             config,
             name=name,
-            storage_path=storage / f"{name}-{time.time_ns() // 1_000_000}",
+            storage_path=storage / name / str(time.time_ns() // 1_000_000),
             num_workers=config.cluster.num_workers,
             gpus_per_worker=_gpus_per_worker(config, resources),
             max_failures=max_failures,
         )
     finally:
-        if storage.is_dir() and not any(storage.iterdir()):
-            storage.rmdir()
+        for folder in (storage / name, storage):
+            if folder.is_dir() and not any(folder.iterdir()):
+                folder.rmdir()
 
 
 def _gpus_per_worker(config: Config, resources: Mapping[str, float]) -> float:
-    found = resources.get("GPU", 0) > 0 and (torch.cuda.is_available() or not launch.is_local(config.cluster.address))
-    wanted = config.cluster.use_gpu == "yes" or (config.cluster.use_gpu == "auto" and found)
+    has = resources.get("GPU", 0) > 0
+    wanted = config.cluster.use_gpu == "yes" or (config.cluster.use_gpu == "auto" and has)
     return config.cluster.gpus_per_worker if wanted else 0.0
 
 
@@ -252,7 +260,7 @@ def _tell(folder: Path, tracking: Any, step: int, metrics: Mapping[str, float], 
     outbox, now = Outbox(folder), time.time_ns() // 1_000_000
     if outbox.read_run() is None:
         return
-    outbox.append("metrics", now, {"step": step, "values": dict(metrics)})
+    outbox.append_metrics(step, metrics)
     for file in files:
         outbox.append("artifact", now, {"file": str(file.relative_to(folder)), "artifact_path": "evaluation"})
     try:

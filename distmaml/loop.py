@@ -17,7 +17,7 @@ from distmaml.errors import ConfigError, DivergenceError
 from distmaml.meter import Meter
 from distmaml.outer import chunk_sum, init_outer, learning_rate, load_named_state, named_state, outer_step
 from distmaml.prefetch import prefetched
-from distmaml.recorder import Recorder
+from distmaml.recorder import Recorder, check_origin
 from distmaml.scoring import Interval, interval, score
 from distmaml.trees import tree_leaves, tree_names, tree_to, tree_unflatten
 from distmaml.worker import Worker
@@ -45,7 +45,6 @@ def train(config: Config, worker: Worker) -> dict[str, float]:
     num_chunks = -(-options.meta_batch_size // options.reduction_chunk)
     like = _shape_of_sums(config, worker, learner, tasks["train"])
     meter = Meter(options.meta_batch_size)
-    names = tree_names(state.meta_params)
     values: dict[str, float] = {}
     done = start
 
@@ -69,7 +68,7 @@ def train(config: Config, worker: Worker) -> dict[str, float]:
         _check_finite(values, norm, done, config)
         meter.add({**values, "gradient_norm": norm})
         last = done == options.num_outer_steps
-        if recorder and (done % config.run.log_every == 0 or last):
+        if recorder and (done % config.run.log_every == 0 or done % config.run.checkpoint_every == 0 or last):
             recorder.points(done, {**meter.read(), "system/outer_lr": learning_rate(step, options)})
         improved, stopped_early = last and best is None, False
         if evaluation.val_every and (done % evaluation.val_every == 0 or last):
@@ -87,7 +86,7 @@ def train(config: Config, worker: Worker) -> dict[str, float]:
         if recorder:
             with meter.excluded():
                 if improved:
-                    parts = dict(zip(names, tree_leaves(state.meta_params), strict=True))
+                    parts = dict(zip(tree_names(state.meta_params), tree_leaves(state.meta_params), strict=True))
                     recorder.model(done, parts, {"selection_metric": evaluation.selection_metric, "value": best})
                 if due:
                     document = {"best": best, "stale": stale, "stopped_early": stopped_early}
@@ -179,6 +178,7 @@ def _restore(config: Config, worker: Worker, state: Any) -> tuple[int, float | N
     if step == 0:
         return 0, None, 0, False
     tensors, document = checkpoint.load(checkpoint.path_of(folder, step))
+    check_origin(document, config)
     load_named_state(state, tensors)
     return step, document["best"], document["stale"], document["stopped_early"]
 

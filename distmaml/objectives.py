@@ -58,6 +58,8 @@ def classification(model: nn.Module, *, head: str | None = None) -> Objective:
     """Mean cross-entropy over logits ``[num_samples, num_ways]`` and labels ``[num_samples]``; metric: accuracy."""
 
     def loss(logits: Tensor, labels: Tensor) -> tuple[Tensor, Metrics]:
+        if labels.is_floating_point():
+            raise ConfigError("classification wants whole numbers as labels, and these are not; take regression.")
         correct = (logits.argmax(-1) == labels).to(logits.dtype)
         return F.cross_entropy(logits, labels), {"accuracy": correct.mean()}
 

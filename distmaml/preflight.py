@@ -1,6 +1,5 @@
 """Everything about a training run that can be known to be wrong before a cluster is started."""
 
-import json
 import logging
 import shutil
 import time
@@ -12,19 +11,13 @@ from pathlib import Path
 import torch
 
 from distmaml import build, checkpoint, paths
-from distmaml.config import Config, from_json, to_json
+from distmaml.config import Config, changes, read, to_json
 from distmaml.errors import ConfigError, RunError
 from distmaml.files import write_text
 from distmaml.outer import chunk_sum
+from distmaml.recorder import check_origin
 from distmaml.tracking.outbox import Outbox
 from distmaml.trees import tree_to
-
-MAY_CHANGE = {
-    *("name", "output_dir", "resume", "tracking_uri", "experiment", "log_every", "checkpoint_every", "data_dir"),
-    *("num_workers", "use_gpu", "gpus_per_worker", "address", "max_failures"),
-    *("num_outer_steps", "patience", "num_val_episodes", "num_test_episodes", "inductive"),
-}
-"""Fields that may differ between a run and its resumption. With ordered sums, workers may too, to the last bit."""
 
 LEAST_BYTES = 100 * 2**20
 
@@ -93,14 +86,15 @@ def check_resumable(config: Config, folder: Path) -> None:
     if not was_started(folder):
         raise RunError(f"there is no run named {config.run.name!r} in {folder.parent} to resume.")
     if (folder / "config.json").exists():
-        before, now = to_json(from_json(json.loads((folder / "config.json").read_text()))), to_json(config)
-        changed = [key for key in now if before.get(key) != now[key] and key not in MAY_CHANGE]
+        changed = changes(to_json(read(folder / "config.json")), config)
         if changed:
-            listed = ", ".join(f"{key}={now[key]!r} (was {before.get(key)!r})" for key in changed)
             raise RunError(
-                f"the run {config.run.name!r} cannot go on with {listed}. Take the old values or another --name."
+                f"the run {config.run.name!r} cannot go on with {', '.join(changed)}. Take the old values or "
+                "another --name."
             )
     last = checkpoint.newest(paths.checkpoints(folder)) or 0
+    if last:
+        check_origin(checkpoint.load(checkpoint.path_of(paths.checkpoints(folder), last))[1], config)
     finished = _end(folder) == "FINISHED"
     if last > config.outer.num_outer_steps or (finished and last == config.outer.num_outer_steps):
         raise RunError(
@@ -116,7 +110,8 @@ def check_resumable(config: Config, folder: Path) -> None:
 
 def was_started(folder: Path) -> bool:
     """Whether there is a run in a folder, however far it got."""
-    return (folder / "config.json").exists() or (folder / "tracking" / "run.json").exists()
+    signs = (folder / "config.json", folder / "tracking" / "run.json")
+    return any(sign.exists() for sign in signs) or bool(checkpoint.steps(paths.checkpoints(folder)))
 
 
 @contextmanager
@@ -162,8 +157,8 @@ def rehearse(config: Config, *, local: bool) -> None:
         opened.verify()
     tasks = build.task_distributions(config)
     device, dtype = torch.device("cpu"), getattr(torch, config.outer.precision)
-    learner = build.learner(config, build.shapes(tasks["train"]), device)
     try:
+        learner = build.learner(config, build.shapes(tasks["train"]), device)
         one = tree_to(tasks["train"].sample([0]), device, dtype)
         with _quietly():
             chunk_sum(learner.algorithm, learner.meta_params, one, 0, vectorize=learner.vectorize)

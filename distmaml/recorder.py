@@ -9,6 +9,7 @@ from torch import Tensor
 
 from distmaml import build, checkpoint, config, paths
 from distmaml.config import Config
+from distmaml.errors import RunError
 from distmaml.files import write_text
 from distmaml.segments import SegmentWriter
 
@@ -44,9 +45,39 @@ class Recorder:
         """Commits the points up to a step together with the state after it."""
         self._segments.write(step)
         path = checkpoint.path_of(paths.checkpoints(self._folder), step)
-        checkpoint.save(path, tensors, {"step": step, **document})
+        checkpoint.save(path, tensors, {"step": step, **self._origin, **document})
         self._segments.commit(step)
 
     def model(self, step: int, tensors: Mapping[str, Tensor], document: Mapping[str, Any]) -> None:
         """Writes the result so far: meta-parameters with the configuration that makes them useful."""
         checkpoint.save(paths.model(self._folder), tensors, {"step": step, **self._origin, **document})
+
+
+def check_origin(document: Mapping[str, Any], settings: Config) -> None:
+    """Refuses to go on from a checkpoint that other settings or other data have made.
+
+    Raises:
+      RunError: naming what differs.
+    """
+    differences = config.changes(document["config"], settings)
+    if differences:
+        raise RunError(
+            f"the run {settings.run.name!r} cannot go on with {', '.join(differences)}. Take the old values or another "
+            "--name."
+        )
+    check_data(document, settings)
+
+
+def check_data(document: Mapping[str, Any], settings: Config) -> None:
+    """Refuses data that are not those that a checkpoint or a model was trained on: classes could change their split.
+
+    Raises:
+      RunError: naming both hashes.
+    """
+    before, now = document["dataset"] or {}, build.dataset_record(settings) or {}
+    for key in ("content_hash", "split_hash"):
+        if before.get(key) != now.get(key):
+            raise RunError(
+                f"the run {settings.run.name!r} was trained on data with {key} {str(before.get(key))[:12]}, and now "
+                f"it is {str(now.get(key))[:12]}. Bring the old store back, or train again under another --name."
+            )

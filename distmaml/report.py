@@ -41,15 +41,14 @@ def metrics_of(scores: Scores, *, prefix: str = "test") -> dict[str, float]:
 
 
 def write_evaluation(
-    config: Config, folder: Path, found: Mapping[str, Any], *, split: str = "test", step: int | None = None
+    config: Config, folder: Path, found: Mapping[str, Any], *, split: str = "test", name: str = "evaluation-test"
 ) -> list[Path]:
     """Writes an evaluation as JSON, with everything that decides its figures beside them, and as CSV.
 
     Args:
       found: what `loop.evaluate` returned.
-      step: of the checkpoint that was scored; None for the best model.
+      name: of the files, without their endings.
     """
-    name = f"evaluation-{split}" + ("" if step is None else f"-step{step}")
     record = {
         "run": config.run.name,
         "recipe": config.recipe,

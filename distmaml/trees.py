@@ -50,11 +50,11 @@ def tree_index(tree: Tree, index: int | slice) -> Tree:
 
 
 def tree_to(tree: Tree, device: torch.device, dtype: torch.dtype) -> Tree:
-    """The tree on a device, floating-point leaves in `dtype`; copies from pinned memory do not wait."""
+    """The tree on a device, floating-point leaves in `dtype`."""
 
     def move(leaf: Any) -> Any:
         if leaf is None:
             return None
-        return leaf.to(device, dtype if leaf.is_floating_point() else leaf.dtype, non_blocking=True)
+        return leaf.to(device, dtype if leaf.is_floating_point() else leaf.dtype)
 
     return tree_map(move, tree)

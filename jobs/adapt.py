@@ -28,7 +28,7 @@ def main(model: Path, support: Path, query: Path, output: Path = Path("predictio
     if not support.is_dir():
         raise DataError(f"--support {support} is not a folder.")
     learner = load(model)
-    classes = sorted(folder for folder in support.iterdir() if folder.is_dir())
+    classes = sorted(folder for folder in support.iterdir() if folder.is_dir() and not folder.name.startswith("."))
     if not 2 <= len(classes) <= learner.num_outputs:
         raise DataError(
             f"{support} has {len(classes)} folders. Give a folder for each class; this model tells 2 to "

@@ -1,13 +1,13 @@
 """Builds a data set's store:  python jobs/build_store.py omniglot --data-dir DIR"""
 
-import os
 import sys
 from pathlib import Path
 
 import tyro
 
+from distmaml import build, cli, paths
+from distmaml.config import is_custom
 from distmaml.datasets import ensure_store
-from distmaml.errors import DistmamlError
 from distmaml.store import SAMPLES, SPLITS, open_store
 
 
@@ -21,15 +21,20 @@ def main(
     """Build the store of a data set, also if there is one, and print what is in it.
 
     Args:
-      dataset: glyphs, omniglot or image_folder.
+      dataset: glyphs, omniglot, image_folder, or package.module:attribute.
       data_dir: folder with the raw files. Not needed for glyphs; Omniglot is downloaded without it.
       output_dir: the store goes to OUTPUT_DIR/stores. Default: $DISTMAML_HOME, else ~/distmaml.
       image_size: height and width of the images in pixels.
       color: read the pictures as RGB rather than grey.
     """
-    home = output_dir or Path(os.environ.get("DISTMAML_HOME") or Path.home() / "distmaml")
     path = ensure_store(
-        dataset, data_dir=data_dir, image_size=image_size, color=color, stores_dir=home / "stores", rebuild=True
+        dataset,
+        data_dir=data_dir,
+        image_size=image_size,
+        color=color,
+        stores_dir=paths.output_dir(output_dir) / "stores",
+        builder=build.import_attribute(dataset) if is_custom(dataset) else None,
+        rebuild=True,
     )
     store = open_store(path)
     print(path)
@@ -43,8 +48,4 @@ def main(
 
 
 if __name__ == "__main__":
-    try:
-        tyro.cli(main)
-    except DistmamlError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+    sys.exit(cli.guarded(lambda: tyro.cli(main)))

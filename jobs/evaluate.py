@@ -1,6 +1,5 @@
 """Scores a run's model, or one of its checkpoints, on fresh workers."""
 
-import json
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -9,7 +8,7 @@ from typing import Literal
 import tyro
 
 from distmaml import cli, config, driver, paths, report
-from distmaml.errors import RunError
+from distmaml.errors import ConfigError, RunError
 
 
 def main(
@@ -37,14 +36,16 @@ def main(
     if not file.exists():
         known = sorted(path.parent.name for path in folder.parent.glob("*/config.json"))
         raise RunError(f"there is no run named {run!r} in {folder.parent}. There are: {', '.join(known) or 'none'}.")
-    settings = config.from_json(json.loads(file.read_text()))
+    if num_episodes is not None and num_episodes < 2:
+        raise ConfigError(f"--num-episodes {num_episodes} gives no interval; take 2 or more.")
+    settings = config.read(file)
     wanted = {
         "num_val_episodes" if split == "val" else "num_test_episodes": num_episodes,
         "num_eval_steps": num_eval_steps,
         "num_workers": num_workers,
     }
     settings = config.override(settings, {name: value for name, value in wanted.items() if value is not None})
-    settings = replace(settings, run=replace(settings.run, output_dir=paths.output_dir(output_dir)))
+    settings = replace(settings, run=replace(settings.run, name=run, output_dir=paths.output_dir(output_dir)))
     found = driver.evaluate(settings, split=split, step=step)
     print(f"{run} after {found['step']} outer steps, {found['num_episodes']} episodes of the {split} split:")
     print(report.table(found["modes"]))

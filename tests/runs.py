@@ -11,7 +11,8 @@ import torch
 import torch.distributed as dist
 from torch.multiprocessing.spawn import spawn
 
-from distmaml.config import Config, override
+from distmaml import checkpoint, paths
+from distmaml.config import Config, override, to_json
 from distmaml.episodes import TaskBatch
 from distmaml.recipes import RECIPES
 from distmaml.store import StoreInfo, write_store
@@ -85,6 +86,15 @@ class Member:
 
     def report(self, metrics: Mapping[str, float]) -> None:
         """Nobody listens."""
+
+
+def adopt(config: Config) -> None:
+    """Makes the newest checkpoint of a run one of these settings, with which it would not go on otherwise."""
+    folder = paths.checkpoints(paths.run_folder(config))
+    step = checkpoint.newest(folder)
+    assert step is not None
+    tensors, document = checkpoint.load(checkpoint.path_of(folder, step))
+    checkpoint.save(checkpoint.path_of(folder, step), tensors, {**document, "config": to_json(config)})
 
 
 @contextmanager

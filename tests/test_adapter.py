@@ -111,7 +111,7 @@ def test_labels_that_are_not_those_of_its_ways_are_refused(model: FewShotModel, 
 
 @pytest.mark.parametrize(("inputs", "targets"), [(3, 2), (0, 0), (1, 0)])
 def test_as_many_targets_as_inputs_are_asked_for(model: FewShotModel, inputs: int, targets: int) -> None:
-    with pytest.raises(DataError, match=f"{inputs} support inputs and {targets} targets"):
+    with pytest.raises(DataError, match=rf"{inputs} support inputs and targets of shape \[{targets}\]"):
         model.adapt(Batch(torch.zeros(inputs, 1, 8, 8), torch.zeros(targets, dtype=torch.int64)))
 
 

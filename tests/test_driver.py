@@ -145,12 +145,13 @@ def test_an_evaluation_joins_the_run_that_it_is_about(output_dir: Path) -> None:
     driver.train(config)
     found = driver.evaluate(override(config, {"num_test_episodes": 6}), split="test", step=2)
 
+    stem = f"evaluation-test-6-episodes-{config.evaluation.num_eval_steps}-steps-at-2"
     assert found["step"] == 2
     assert found["num_episodes"] == 6
-    assert [file.name for file in found["files"]] == ["evaluation-test-step2.json", "evaluation-test-step2.csv"]
+    assert [file.name for file in found["files"]] == [f"{stem}.json", f"{stem}.csv"]
     (run,) = mlflow_runs(output_dir)
     assert run.info.status == "FINISHED"
-    assert "evaluation/evaluation-test-step2.json" in artifacts(output_dir, run)
+    assert f"evaluation/{stem}.json" in artifacts(output_dir, run)
     assert logged_steps(output_dir, run, "evaluation_test/query_loss") == [2]
     assert len(logged_steps(output_dir, run, "test/query_loss")) == 1, "the score of the result is still the only one"
 

@@ -11,10 +11,10 @@ from torch import Tensor
 
 from distmaml import checkpoint, loop, paths
 from distmaml.config import Config, override
-from distmaml.errors import ConfigError, DivergenceError
+from distmaml.errors import ConfigError, DivergenceError, RunError
 from distmaml.segments import Point, committed_segments, read_points
 from distmaml.worker import LocalWorker
-from tests.runs import Member, in_groups, largest_difference, pictures, tiny_store, waves
+from tests.runs import Member, adopt, in_groups, largest_difference, pictures, tiny_store, waves
 
 VARIANTS: dict[str, Any] = {
     "sgd": (waves, {"optimizer": "sgd", "reduction": "plain", "precision": "float64", "outer_lr": 0.05}),
@@ -226,6 +226,7 @@ def test_a_loss_that_is_not_finite_ends_the_run_and_keeps_the_checkpoint_before_
     loop.train(config, LocalWorker())
     before = state_after(config)
     longer = override(config, {"num_outer_steps": 20, "inner_lr": 1e30})
+    adopt(longer)
     with pytest.raises(DivergenceError, match=r"query_loss.* no longer finite at outer step 11\..*--inner-lr"):
         loop.train(longer, LocalWorker())
     folder = paths.checkpoints(paths.run_folder(config))
@@ -243,7 +244,11 @@ def test_a_validation_that_is_not_a_number_is_never_the_best(tmp_path: Path) -> 
     assert (paths.run_folder(config) / "model.safetensors").exists()  # a run always leaves a model
     crashed = waves(tmp_path, "later", num_outer_steps=6, **changes)
     crash_after(1, crashed)
-    found = loop.train(override(crashed, {"num_eval_steps": 1}), LocalWorker())
+    mended = override(crashed, {"num_eval_steps": 1})
+    with pytest.raises(RunError, match=r"cannot go on with num_eval_steps=1 \(was 200\)"):
+        loop.train(mended, LocalWorker())
+    adopt(mended)
+    found = loop.train(mended, LocalWorker())
     assert found["best/query_loss"] == found["val/query_loss"]
     assert math.isfinite(found["best/query_loss"])
 

@@ -67,6 +67,11 @@ def ensure_store(
         builder = DATASETS[dataset]
     if not 1 <= image_size <= MAX_IMAGE_SIZE:
         raise ConfigError(f"image_size={image_size} must lie in [1, {MAX_IMAGE_SIZE}].")
+    if data_dir is not None and data_dir in stores_dir.parents and dataset not in _FIXED_CONTENT:
+        raise ConfigError(
+            f"the output folder {stores_dir.parent} lies in the data folder {data_dir} and would be read as a class. "
+            "Name another --output-dir."
+        )
     path = stores_dir / _file_name(dataset, data_dir, image_size, color)
     if path.exists() and not rebuild:
         return path

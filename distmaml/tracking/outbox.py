@@ -12,6 +12,7 @@ Imports no mlflow: a run can be written down while no MLflow can be reached, and
 import dataclasses
 import json
 import os
+import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -140,6 +141,20 @@ class Outbox:
             file.write(line.encode() + b"\n")
             file.flush()
             os.fsync(file.fileno())
+
+    def append_metrics(self, step: int, values: Mapping[str, float]) -> bool:
+        """Adds metrics of the run as a whole, without those that it holds already; whether any were new."""
+        floats = {key: float(value) for key, value in values.items()}
+        told = {
+            (key, record["step"], value)
+            for record in self.records()
+            if record["kind"] == "metrics"
+            for key, value in record["values"].items()
+        }
+        new = {key: value for key, value in floats.items() if (key, step, value) not in told}
+        if new:
+            self.append("metrics", time.time_ns() // 1_000_000, {"step": step, "values": new})
+        return bool(new)
 
     def records(self, after: int = 0) -> Iterator[dict[str, Any]]:
         """The records behind the first `after`. A torn line counts as the empty record."""

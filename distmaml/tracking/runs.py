@@ -145,16 +145,8 @@ class TrackedRun:
 
     def add_metrics(self, step: int, values: Mapping[str, float]) -> None:
         """Logs metrics of the run as a whole (best/*, test/*), at the outer step they belong to."""
-        floats = {key: float(value) for key, value in values.items()}
-        told = {
-            (key, record["step"], value)
-            for record in self._outbox.records()
-            if record["kind"] == "metrics"
-            for key, value in record["values"].items()
-        }
-        new = {key: value for key, value in floats.items() if (key, step, value) not in told}
-        if new:
-            self._tell("metrics", {"step": step, "values": new})
+        if self._outbox.append_metrics(step, values):
+            self._uploader.wake()
 
     def add_tags(self, tags: Mapping[str, str]) -> None:
         """Sets tags."""
