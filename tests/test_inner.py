@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.func import grad
 from torch.nn import functional as F
 
-from distmaml.inner import Params, descend, differentiable, hvp, hvp_mode, pull_back, sgd
+from distmaml.inner import Params, descend, descend_vjp, differentiable, hvp_mode, linearize, pull_back, sgd
 from distmaml.trees import Tree, tree_leaves, tree_map
 
 torch.manual_seed(0)
@@ -66,14 +66,18 @@ def test_learned_rates_and_several_cotangents_equal_unrolled_autodiff(
 ) -> None:
     rule = differentiable(learned_rates)
     context = CONTEXT if with_context else ()
+    options: Any = {"rule": rule, "rule_params": RATES, "context": context}
     with torch.no_grad(), hvp_mode(mode):
-        trajectory = descend(support_loss, THETA, rule=rule, num_steps=steps, rule_params=RATES, context=context)
+        trajectory, pull = descend_vjp(support_loss, THETA, num_steps=steps, **options)
         cotangents = [grad(query_loss)(phi, k) if k in seen else None for k, phi in enumerate(trajectory)]
-        found = pull_back(support_loss, trajectory, cotangents, rule=rule, rule_params=RATES, context=context)
+        kept, anew = pull(cotangents), pull_back(support_loss, trajectory, cotangents, **options)
+        plain = descend(support_loss, THETA, num_steps=steps, **options)
+    assert all(torch.equal(one, other) for one, other in zip(*map(tree_leaves, (trajectory, plain)), strict=True))
     _, expected = unroll(steps, seen, with_context=with_context)
-    everything = [*found.params.values(), *found.rule_params.values(), *tree_leaves(found.context)]
-    for one, other in zip(everything, expected, strict=True):
-        torch.testing.assert_close(one, other, rtol=1e-10, atol=1e-10)
+    for found in (kept, anew):
+        everything = [*found.params.values(), *found.rule_params.values(), *tree_leaves(found.context)]
+        for one, other in zip(everything, expected, strict=True):
+            torch.testing.assert_close(one, other, rtol=1e-10, atol=1e-10)
 
 
 def test_no_steps_leave_the_cotangent_as_it_is_and_the_rest_zero() -> None:
@@ -109,7 +113,7 @@ def test_sgd_equals_the_same_rule_by_autodiff() -> None:
 
 
 @pytest.mark.parametrize("mode", ["forward", "reverse"])
-def test_hvp_equals_the_explicit_hessian(mode: Any) -> None:
+def test_the_linearisation_is_the_gradient_and_the_explicit_hessian(mode: Any) -> None:
     sizes = [p.numel() for p in THETA.values()]
 
     def unflat(vector: Tensor) -> Params:
@@ -126,7 +130,11 @@ def test_hvp_equals_the_explicit_hessian(mode: Any) -> None:
         lambda x: support_loss(unflat(x[: len(vector)]), {"shift": x[len(vector) :]}, 2), both
     )
     with torch.no_grad(), hvp_mode(mode):
-        curvature, context = hvp(support_loss, THETA, CONTEXT, 2, unflat(vector))
+        found = linearize(support_loss, THETA, CONTEXT, 2, needs_grads=True)
+        curvature, context = found.pull_back(unflat(vector))
+    (slope,) = torch.autograd.grad(support_loss(unflat(x := flat(THETA).requires_grad_()), CONTEXT, 2), x)
+    assert found.grads is not None
+    torch.testing.assert_close(flat(found.grads), slope, rtol=1e-12, atol=1e-12)
     torch.testing.assert_close(flat(curvature), whole[: len(vector), : len(vector)] @ vector, rtol=1e-11, atol=1e-11)
     torch.testing.assert_close(context["shift"], whole[len(vector) :, : len(vector)] @ vector, rtol=1e-11, atol=1e-11)
 
@@ -149,9 +157,8 @@ def deep_loss(params: Params, context: Tree, inner_step: int) -> Tensor:
 
 def by_adjoint(steps: int) -> None:
     with torch.no_grad():
-        trajectory = descend(deep_loss, WIDE, rule=sgd(0.1), num_steps=steps)
-        cotangents = [*[None] * steps, grad(deep_loss)(trajectory[-1], (), steps)]
-        pull_back(deep_loss, trajectory, cotangents, rule=sgd(0.1))
+        trajectory, pull = descend_vjp(deep_loss, WIDE, rule=sgd(0.1), num_steps=steps)
+        pull([*[None] * steps, grad(deep_loss)(trajectory[-1], (), steps)])
 
 
 def by_unrolling(steps: int) -> None:
@@ -177,9 +184,11 @@ def peak_bytes(function: Callable[[int], None], steps: int) -> int:
     return peak
 
 
-def test_the_adjoint_keeps_one_copy_of_the_parameters_a_step_and_unrolling_the_activations() -> None:
+@pytest.mark.parametrize("mode", ["forward", "reverse"])
+def test_the_adjoint_keeps_one_copy_of_the_parameters_a_step_and_unrolling_the_activations(mode: Any) -> None:
     few, many = 1, 20
-    adjoint = peak_bytes(by_adjoint, many) - peak_bytes(by_adjoint, few)
+    with hvp_mode(mode):
+        adjoint = peak_bytes(by_adjoint, many) - peak_bytes(by_adjoint, few)
     assert 0 < adjoint <= (many - few) * COPY + 2 * ACTIVATION
     unrolled = peak_bytes(by_unrolling, many) - peak_bytes(by_unrolling, few)
     assert unrolled >= (many - few) * 4 * ACTIVATION  # at least each layer's output at each step

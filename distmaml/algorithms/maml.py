@@ -14,7 +14,7 @@ from torch.func import grad_and_value, vjp
 from distmaml.algorithms import Algorithm
 from distmaml.episodes import Batch, Episode, fold_in
 from distmaml.errors import ConfigError
-from distmaml.inner import LossFn, Metrics, Params, descend, pull_back, sgd
+from distmaml.inner import LossFn, Metrics, Params, descend, descend_vjp, sgd
 from distmaml.objectives import Moment, Objective
 from distmaml.trees import Tree, tree_add
 
@@ -30,10 +30,9 @@ def maml(objective: Objective, *, inner_lr: float, num_inner_steps: int) -> Algo
     def meta_grad(theta: Params, episode: Episode, step: int) -> tuple[Params, Metrics]:
         support_key, query_key = _split(episode.key)
         loss_fn = _support_loss(objective, episode.support, support_key)
-        trajectory = descend(loss_fn, theta, rule=rule, num_steps=num_inner_steps)
+        trajectory, pull_back = descend_vjp(loss_fn, theta, rule=rule, num_steps=num_inner_steps)
         query_grads, metrics = _query_grads(objective, trajectory[-1], episode.query, num_inner_steps, query_key)
-        cotangents = [*[None] * num_inner_steps, query_grads]
-        return pull_back(loss_fn, trajectory, cotangents, rule=rule).params, metrics
+        return pull_back([*[None] * num_inner_steps, query_grads]).params, metrics
 
     return Algorithm(lambda params, generator: params, adapt, _predictor(objective), meta_grad)
 
@@ -86,11 +85,10 @@ def anil(objective: Objective, *, inner_lr: float, num_inner_steps: int) -> Algo
 
         features, pull_features, *_ = vjp(of_body, body)
         loss_fn = head_loss(support.targets, support_key)
-        heads = descend(loss_fn, of_head(theta), rule=rule, num_steps=num_inner_steps, context=features)
+        heads, pull_back = descend_vjp(loss_fn, of_head(theta), rule=rule, num_steps=num_inner_steps, context=features)
         phi = {**theta, **heads[-1]}
         query_grads, metrics = _query_grads(objective, phi, episode.query, num_inner_steps, query_key)
-        cotangents = [*[None] * num_inner_steps, of_head(query_grads)]
-        back = pull_back(loss_fn, heads, cotangents, rule=rule, context=features)
+        back = pull_back([*[None] * num_inner_steps, of_head(query_grads)])
         through_features = pull_features(back.context)[0]
         grads = {**tree_add({name: query_grads[name] for name in body}, through_features), **back.params}
         return {name: grads[name] for name in theta}, metrics
