@@ -18,7 +18,7 @@ from distmaml.algorithms import Algorithm
 from distmaml.config import Config, ImageTasks, from_json, is_custom
 from distmaml.datasets.images import read_image
 from distmaml.episodes import Batch
-from distmaml.errors import CheckpointError, ConfigError, DataError
+from distmaml.errors import CheckpointError, ConfigError, DataError, first_line
 from distmaml.objectives import Objective
 from distmaml.trees import Tree, tree_leaves, tree_names, tree_unflatten
 
@@ -139,7 +139,7 @@ def _tensor(values: Any, what: str) -> Tensor:
             torch.stack(list(values)) if isinstance(values, list) and _are_tensors(values) else torch.as_tensor(values)
         )
     except (ValueError, TypeError, RuntimeError) as error:
-        raise DataError(f"the {what} are no tensor ({str(error).splitlines()[0]}); make them one array.") from error
+        raise DataError(f"the {what} are no tensor ({first_line(error)}); make them one array.") from error
 
 
 def _are_tensors(values: list[Any]) -> bool:

@@ -129,7 +129,7 @@ def store(config: Config) -> ClassStore | None:
     if not isinstance(options, ImageTasks):
         return None
     if options.dataset.endswith(".arrow"):
-        return open_store(options.dataset, cache_dir=paths.stores(config))
+        return open_store(options.dataset)
     path = ensure_store(
         options.dataset,
         data_dir=None if options.data_dir is None else options.data_dir.expanduser().absolute(),

@@ -12,9 +12,9 @@ from typing import Any, NamedTuple
 
 import torch
 
-from distmaml import build, checkpoint, launch, loop, paths, preflight, report
+from distmaml import build, checkpoint, launch, loop, paths, preflight, ray_cluster, report
 from distmaml.config import Config, check, flatten, to_json
-from distmaml.errors import RunError
+from distmaml.errors import RunError, first_line
 from distmaml.files import write_text
 from distmaml.interrupt import Interrupt, interruptible
 from distmaml.progress import Progress
@@ -56,8 +56,8 @@ def _train(config: Config, interrupt: Interrupt) -> Outcome:
     output = paths.output_dir(config.run.output_dir)
     (preflight.check_resumable if config.run.resume else preflight.check_new)(config, folder)
     preflight.check_output(output)
-    launch.check_address(config.cluster.address)
-    preflight.rehearse(config, local=launch.is_local(config.cluster.address))
+    ray_cluster.check_address(config.cluster.address)
+    preflight.rehearse(config, local=ray_cluster.is_local(config.cluster.address))
     tracking = _open_tracking(config, resuming=folder if config.run.resume else None)
     if not config.run.resume and preflight.was_started(folder):
         with preflight.claimed(folder):
@@ -137,8 +137,8 @@ class _Evaluation(NamedTuple):
 @contextmanager
 def _cluster(config: Config) -> Iterator[Mapping[str, float]]:
     num_cpus = max(config.cluster.num_workers, os.cpu_count() or 1)
-    local = launch.is_local(config.cluster.address)
-    with launch.cluster(config.cluster.address, num_cpus=num_cpus) as resources:
+    local = ray_cluster.is_local(config.cluster.address)
+    with ray_cluster.connect(config.cluster.address, num_cpus=num_cpus) as resources:
         # Ray sees the GPUs of this machine also where its torch was built without.
         yield {**resources, "GPU": 0.0} if local and not torch.cuda.is_available() else resources
 
@@ -248,7 +248,7 @@ def _tracked(config: Config, folder: Path, tracking: Any, interrupt: Interrupt) 
         raise
     except BaseException as error:
         if run is not None:
-            run.end("FAILED", reason=str(error).splitlines()[0] if str(error) else type(error).__name__)
+            run.end("FAILED", reason=first_line(error))
         raise
     run.end("FINISHED")
 

@@ -13,6 +13,7 @@ import torch
 from torch.func import vmap
 
 from distmaml.episodes import TaskBatch
+from distmaml.errors import first_line
 from distmaml.inner import HvpMode, hvp_mode
 from distmaml.trees import Tree, tree_add, tree_index, tree_leaves, tree_map
 
@@ -74,7 +75,7 @@ def _run(
         if known is None:
             _engines[owner] = engine
             if refusals:
-                reasons = "; ".join(f"not {tried}: {str(error).splitlines()[0][:160]}" for tried, error in refusals)
+                reasons = "; ".join(f"not {tried}: {first_line(error)[:160]}" for tried, error in refusals)
                 log.warning("Computing %s (%s).", engine, reasons)
         return result
     raise refusals[-1][1]

@@ -47,3 +47,8 @@ def unknown(kind: str, name: str, allowed: Iterable[str]) -> str:
     nearest = difflib.get_close_matches(name, names, n=1)
     hint = f"; did you mean {nearest[0]!r}?" if nearest else "."
     return f"unknown {kind} {name!r}{hint} Known: {', '.join(names)}."
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an error's message, without its full stop; its type where it says nothing."""
+    return (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")

@@ -2,22 +2,15 @@
 
 import logging
 import os
-import secrets
 import shutil
-import signal
-import socket
-import sys
-import tempfile
-import threading
 import traceback
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 
-from distmaml.errors import ClusterError, DistmamlError
+from distmaml.errors import ClusterError, DistmamlError, first_line
 from distmaml.worker import Worker
 
 log = logging.getLogger("distmaml")
@@ -25,21 +18,7 @@ log = logging.getLogger("distmaml")
 ConfigT = TypeVar("ConfigT")
 ResultT = TypeVar("ResultT")
 
-# Ray's own settings. What the user has set stays.
-_ENVIRONMENT = {
-    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.25",  # how often the controller takes a report; 2 s by default
-    "RAY_TRAIN_COLLECTIVE_TIMEOUT_S": "300",  # a rank that never reports would be waited for without end
-    "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "120",
-    "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",  # otherwise printed lines come twice
-    "RAY_TRAIN_METRICS_ENABLED": "0",
-    "RAY_USAGE_STATS_ENABLED": "0",
-    "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",  # nobody asks it yet, and it logs an error at every start
-    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",  # the coming default; without it Ray prints a FutureWarning
-}
-_LOCAL_ENVIRONMENT = {
-    "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",  # all ports on 127.0.0.1 only
-    "RAY_AUTH_MODE": "token",
-}
+
 WORKER_ENVIRONMENT = {
     "OMP_NUM_THREADS": "1",  # a worker a core: two threads in one process are worth 1.4 (Conv4, two cores)
     "TORCH_PROCESS_GROUP_SHUTDOWN_TIMEOUT_S": "5",
@@ -49,169 +28,6 @@ WORKER_ENVIRONMENT = {
 }
 COLLECTIVE_TIMEOUT_SECONDS = 600
 START_FAILURES = 3
-PROBE_SECONDS = 5.0
-_LONGEST_TEMPORARY_PATH = 35  # Ray puts 65 characters behind it, and a socket's path may have 107
-
-
-# --------------------------------------------------------------------------------------------- cluster
-
-
-@contextmanager
-def cluster(address: str | None, *, num_cpus: int) -> Iterator[Mapping[str, float]]:
-    """A connection to a Ray cluster; one is started on this machine, on loopback and with a token, where none is named.
-
-    Handlers of SIGINT and SIGTERM stay as they were, although Ray brings its own. The files of a cluster that is
-    started here lie in a folder of their own in $RAY_TMPDIR, or in /tmp; they are removed unless Ray itself has failed.
-
-    Args:
-      address: of a running cluster; None takes $RAY_ADDRESS or starts one.
-      num_cpus: logical CPUs of a cluster that is started here.
-
-    Yields:
-      What the cluster has: ``{"CPU": 2.0, "GPU": 0.0, ...}``.
-
-    Raises:
-      ClusterError: nothing answers at the address, or it wants another token.
-    """
-    for name, value in _ENVIRONMENT.items():
-        os.environ.setdefault(name, value)
-    check_address(address)
-    found = address or os.environ.get("RAY_ADDRESS")
-    with _connected(found) if found else _started(num_cpus) as resources:
-        yield resources
-
-
-def is_local(address: str | None) -> bool:
-    """Whether `cluster` starts one on this machine."""
-    return not (address or os.environ.get("RAY_ADDRESS"))
-
-
-def check_address(address: str | None) -> None:
-    """Looks whether anything answers where a cluster should be; Ray itself waits half a minute and more for it.
-
-    Raises:
-      ClusterError: nothing does.
-    """
-    found = address or os.environ.get("RAY_ADDRESS") or ""
-    host, _, port = found.rpartition(":")
-    if "://" in found or not host or not port.isdecimal():
-        return
-    try:
-        socket.create_connection((host.strip("[]"), int(port)), timeout=PROBE_SECONDS).close()
-    except (OSError, OverflowError) as error:
-        raise ClusterError(
-            f"no Ray cluster at {found} ({error}). Check --address (host:port of its head, 6379 by default); leave it "
-            "out to start a cluster on this machine."
-        ) from None
-
-
-@contextmanager
-def _connected(address: str) -> Iterator[Mapping[str, float]]:
-    import ray
-
-    handlers = _signal_handlers()
-    try:
-        _init(f"at {address}", handlers, address=address)
-        with _found_by_ray_train(ray):
-            yield ray.cluster_resources()
-    finally:
-        _shut_down(handlers)
-
-
-@contextmanager
-def _started(num_cpus: int) -> Iterator[Mapping[str, float]]:
-    if "ray" not in sys.modules:  # it reads these when it is imported, and never again
-        for name, value in _LOCAL_ENVIRONMENT.items():
-            os.environ.setdefault(name, value)
-        if not Path("~/.ray/auth_token").expanduser().exists():
-            os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
-    import ray
-
-    folder, keep, handlers = _temporary_folder(), False, _signal_handlers()
-    try:
-        with _environment({"RAY_TMPDIR": str(folder)}):
-            _init("on this machine", handlers, num_cpus=num_cpus, include_dashboard=True)
-        with _found_by_ray_train(ray):
-            yield ray.cluster_resources()
-    except ClusterError as error:
-        if error.__cause__ is None:
-            raise
-        keep = True
-        raise ClusterError(f"{error} Ray's own logs are kept in {folder}.") from error.__cause__
-    finally:
-        _shut_down(handlers)
-        if not keep:
-            shutil.rmtree(folder, ignore_errors=True)
-
-
-def _found_by_ray_train(ray: Any) -> AbstractContextManager[None]:
-    """Ray Train's own helpers look the cluster up by $RAY_ADDRESS, and give up where a machine has two."""
-    return _environment({"RAY_ADDRESS": ray.get_runtime_context().gcs_address})
-
-
-def _init(where: str, handlers: Mapping[int, Any], **options: Any) -> None:
-    import ray
-
-    try:
-        ray.init(**options, logging_level=logging.WARNING, log_to_driver=True)
-    except (ConnectionError, RuntimeError, ValueError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise ClusterError(
-            f"no Ray cluster {where} ({reason}). Check --address and RAY_AUTH_TOKEN; leave both out to start one here."
-        ) from error
-    except SystemExit:  # Ray's answer to SIGTERM
-        raise KeyboardInterrupt from None
-    finally:
-        _put_back(handlers)
-
-
-def _shut_down(handlers: Mapping[int, Any]) -> None:
-    """Ends Ray here. On its way it sets SIGTERM to its default, and takes seconds more: hence again and again."""
-    import ray
-
-    thread = threading.Thread(target=ray.shutdown, name="ray-shutdown", daemon=True)
-    thread.start()
-    while thread.is_alive():
-        _put_back(handlers)
-        thread.join(0.02)
-    _put_back(handlers)
-
-
-def _signal_handlers() -> dict[int, Any]:
-    if threading.current_thread() is not threading.main_thread():
-        return {}
-    return {number: signal.getsignal(number) or signal.SIG_DFL for number in (signal.SIGINT, signal.SIGTERM)}
-
-
-def _put_back(handlers: Mapping[int, Any]) -> None:
-    for number, handler in handlers.items():
-        signal.signal(number, handler)
-
-
-def _temporary_folder() -> Path:
-    base = os.environ.get("RAY_TMPDIR")
-    if base is not None:
-        Path(base).mkdir(parents=True, exist_ok=True)
-    elif len(tempfile.gettempdir()) > _LONGEST_TEMPORARY_PATH:
-        base = "/tmp"
-    return Path(tempfile.mkdtemp(prefix="dm-", dir=base))
-
-
-@contextmanager
-def _environment(values: Mapping[str, str]) -> Iterator[None]:
-    before = {name: os.environ.get(name) for name in values}
-    os.environ.update(values)
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            if value is None:
-                os.environ.pop(name, None)
-            else:
-                os.environ[name] = value
-
-
-# ------------------------------------------------------------------------------------------------- fit
 
 
 def fit(
@@ -247,7 +63,7 @@ def fit(
         def _register_sigint_handler(self, controller: Any) -> None:
             """Ray Train would take SIGINT for itself, and exit with status 0."""
 
-    ENV_VARS_TO_PROPAGATE.add("RAY_ADDRESS")  # see `_found_by_ray_train`
+    ENV_VARS_TO_PROPAGATE.add("RAY_ADDRESS")  # see `ray_cluster._found_by_ray_train`
     _check_room(num_workers, gpus_per_worker, ray.cluster_resources())
     trainer = Trainer(
         _per_worker,
@@ -289,10 +105,10 @@ def _fit(trainer: Any, max_failures: int) -> Any:
                 raise failure from None
             # Ray Train's own controller has died, or a worker in its first moments: that it does not try again itself.
             if isinstance(failure, ray.exceptions.RayError) and remaining > 0:
-                log.warning("Ray Train failed (%s); it is started again.", _first_line(failure))
+                log.warning("Ray Train failed (%s); it is started again.", _in_short(failure))
                 continue
             raise ClusterError(
-                f"the workers failed more than {max_failures} times; the last error was: {_first_line(_cause(error))}. "
+                f"the workers failed more than {max_failures} times; the last error was: {_in_short(_cause(error))}. "
                 "Their checkpoints are kept: run the same command with --resume to go on."
             ) from error
     raise AssertionError("the last round returns or raises")
@@ -346,7 +162,7 @@ def _stop_on_purpose() -> Any:
             errors = sorted(worker_exceptions.values(), key=_importance)
             if _importance(errors[0]) < 2:
                 raise ControllerError(errors[0])  # any other type would be logged with its traceback
-            log.warning("A worker failed (%s); all start from the last checkpoint.", _first_line(errors[0]))
+            log.warning("A worker failed (%s); all start from the last checkpoint.", _in_short(errors[0]))
 
     return StopOnPurpose()
 
@@ -390,8 +206,7 @@ def _python_path() -> str:
     return os.pathsep.join([os.getcwd(), *filter(None, [os.environ.get("PYTHONPATH")])])
 
 
-def _first_line(error: BaseException) -> str:
+def _in_short(error: BaseException) -> str:
     if type(error).__name__ in ("WorkerHealthCheckFailedError", "ActorDiedError"):
         return "its process died"
-    lines = str(error).splitlines()
-    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
+    return f"{type(error).__name__}: {first_line(error)}" if str(error) else type(error).__name__

@@ -12,7 +12,7 @@ import torch
 
 from distmaml import build, checkpoint, paths
 from distmaml.config import Config, changes, read, to_json
-from distmaml.errors import ConfigError, RunError
+from distmaml.errors import ConfigError, RunError, first_line
 from distmaml.files import write_text
 from distmaml.outer import chunk_sum
 from distmaml.recorder import check_origin
@@ -165,7 +165,7 @@ def rehearse(config: Config, *, local: bool) -> None:
     except (RuntimeError, TypeError, ValueError, IndexError) as error:
         raise ConfigError(
             f"model={config.model!r} does not get along with tasks={config.tasks!r} and objective={config.objective!r}"
-            f": {str(error).splitlines()[0] if str(error) else type(error).__name__}"
+            f": {first_line(error)}"
         ) from error
     judged = {f"val/query_{name}" for name in ("loss", *learner.objective.metrics)}
     judged |= {f"{name}_step_{k}" for name in judged for k in range(config.evaluation.num_eval_steps + 1)}

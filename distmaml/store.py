@@ -22,16 +22,14 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
-from urllib.parse import urlsplit
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
-import pyarrow.fs
-from filelock import FileLock
 
-from distmaml.errors import DataError, unknown
+from distmaml.errors import DataError, first_line, unknown
 from distmaml.files import atomic_file, disk_errors
+from distmaml.remote import local_copy
 
 FORMAT_VERSION = 1
 SPLITS = ("train", "val", "test")
@@ -256,21 +254,15 @@ def _add_class(digest: "hashlib._Hash", name: str, images: npt.NDArray[np.uint8]
 # --------------------------------------------------------------------------------------------- reading
 
 
-def open_store(uri: str | Path, *, cache_dir: Path | None = None) -> ClassStore:
-    """Opens a store by memory map.
-
-    A path is mapped in place. A URI of any Arrow file system (s3://, gs://, and file:// for a network mount) is first
-    copied to this machine, once for all its processes, under a name made of the URI, the size and the time of the
-    last change.
-
-    Args:
-      cache_dir: folder of the copies; default $XDG_CACHE_HOME/distmaml, else ~/.cache/distmaml.
+def open_store(uri: str | Path) -> ClassStore:
+    """Opens a store by memory map: a path in place, a URI (s3://, gs://, ...) as this machine's copy of it.
 
     Raises:
       DataError: a file that is missing, truncated, of another format version or no store at all; a URI that cannot
-        be read; a cache_dir that cannot be written.
+        be read.
+      RunError: a cache of remote files that cannot be written.
     """
-    path = _local_copy(uri, cache_dir) if isinstance(uri, str) and "://" in uri else Path(uri)
+    path = local_copy(uri) if isinstance(uri, str) and "://" in uri else Path(uri)
     try:
         _check_frame(path)
         reader = pa.ipc.open_file(pa.memory_map(str(path)))
@@ -279,7 +271,7 @@ def open_store(uri: str | Path, *, cache_dir: Path | None = None) -> ClassStore:
     except FileNotFoundError as error:
         raise DataError(f"no store at {path}. Build it with jobs/build_store.py.") from error
     except (OSError, pa.ArrowException) as error:
-        raise DataError(f"{path} cannot be read as a store: {_first_line(error)}. {_REBUILD}") from error
+        raise DataError(f"{path} cannot be read as a store: {first_line(error)}. {_REBUILD}") from error
     except DataError as error:
         raise DataError(f"{path} is not a store that can be used: {error} {_REBUILD}") from error
 
@@ -320,7 +312,7 @@ def _parse_info(metadata: Mapping[bytes, bytes]) -> StoreInfo:
     try:
         values = json.loads(metadata[_METADATA_KEY])
     except (ValueError, RecursionError) as error:
-        raise DataError(f"its metadata are not JSON: {_first_line(error)}.") from error
+        raise DataError(f"its metadata are not JSON: {first_line(error)}.") from error
     if not isinstance(values, dict):
         raise DataError("its metadata are not a JSON object.")
     version = values.pop("format_version", None)
@@ -410,56 +402,3 @@ def _check_scheme(store: str, scheme: str, parts: Mapping[str, Sequence[str]], k
                     "splits must not share a class."
                 )
             home[name] = split
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")
-
-
-# --------------------------------------------------------------------------------------- remote stores
-
-
-def _local_copy(uri: str, cache_dir: Path | None) -> Path:
-    with _remote_errors(uri):
-        filesystem, remote_path = pa.fs.FileSystem.from_uri(uri)
-        remote = filesystem.get_file_info(remote_path)
-    if remote.type != pa.fs.FileType.File:
-        raise DataError(f"no store at {_without_secrets(uri)}. Build it with jobs/build_store.py and copy it there.")
-    folder = cache_dir or Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "distmaml"
-    identity = hashlib.sha256(f"{uri} {remote.size} {remote.mtime_ns}".encode()).hexdigest()[:20]
-    path = folder / f"{identity}.arrow"
-    with disk_errors(path):
-        folder.mkdir(parents=True, exist_ok=True)
-        with FileLock(path.with_suffix(".lock")):
-            if not path.exists():
-                with atomic_file(path) as file:
-                    for block in _remote_blocks(uri, filesystem, remote_path):
-                        file.write(block)
-                    if file.tell() != remote.size:
-                        raise DataError(
-                            f"{_without_secrets(uri)} changed while it was copied: {file.tell()} bytes came of "
-                            f"{remote.size}. Try again."
-                        )
-    return path
-
-
-def _remote_blocks(uri: str, filesystem: Any, remote_path: str) -> Iterator[bytes]:
-    with _remote_errors(uri), filesystem.open_input_stream(remote_path) as stream:
-        while block := stream.read(1 << 20):
-            yield block
-
-
-@contextlib.contextmanager
-def _remote_errors(uri: str) -> Iterator[None]:
-    try:
-        yield
-    except (OSError, pa.ArrowException) as error:
-        shown = _without_secrets(uri)
-        reason = _first_line(error).replace(uri, shown)
-        raise DataError(f"cannot read {shown}: {reason}. Check the address and the credentials.") from error
-
-
-def _without_secrets(uri: str) -> str:
-    """The URI without user, password and query: those of s3:// hold keys, and messages are logged."""
-    parts = urlsplit(uri)
-    return f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}{parts.path}"

@@ -17,7 +17,7 @@ import pytest
 import safetensors.torch
 import torch
 
-from distmaml import checkpoint, driver, launch
+from distmaml import checkpoint, driver, launch, ray_cluster
 from distmaml.config import Config, override
 from distmaml.errors import (
     ClusterError,
@@ -61,13 +61,13 @@ def locally(monkeypatch: pytest.MonkeyPatch) -> None:
     """The one worker runs in this process; everything else of the driver is as ever."""
 
     @contextmanager
-    def cluster(address: str | None, *, num_cpus: int) -> Iterator[Mapping[str, float]]:
+    def connect(address: str | None, *, num_cpus: int) -> Iterator[Mapping[str, float]]:
         yield {"CPU": float(num_cpus)}
 
     def fit(loop: Callable[[Config, Worker], Any], config: Config, **_: Any) -> Any:
         return loop(config, LocalWorker())
 
-    monkeypatch.setattr(launch, "cluster", cluster)
+    monkeypatch.setattr(ray_cluster, "connect", connect)
     monkeypatch.setattr(launch, "fit", fit)
     torch.set_num_threads(1)
 
@@ -76,10 +76,10 @@ def locally(monkeypatch: pytest.MonkeyPatch) -> None:
 def no_cluster(monkeypatch: pytest.MonkeyPatch) -> None:
     """A cluster that is started all the same fails the test."""
 
-    def cluster(address: str | None, *, num_cpus: int) -> None:
+    def connect(address: str | None, *, num_cpus: int) -> None:
         pytest.fail("a cluster was started")
 
-    monkeypatch.setattr(launch, "cluster", cluster)
+    monkeypatch.setattr(ray_cluster, "connect", connect)
 
 
 def mlflow_runs(output_dir: Path) -> list[Any]:

@@ -15,6 +15,7 @@ ROOT = Path(distmaml.__file__).parent
 LAYERS = [
     ["errors"],
     ["files", "interrupt", "trees"],
+    ["remote"],
     ["episodes", "inner", "segments", "worker"],
     ["engine", "models", "objectives", "store"],
     ["algorithms", "datasets"],
@@ -23,7 +24,7 @@ LAYERS = [
     ["build"],
     ["adapter", "pictures", "recorder", "tracking"],
     ["loop"],
-    ["launch", "search", "preflight", "progress", "report"],
+    ["launch", "preflight", "progress", "ray_cluster", "report", "search"],
     ["driver", "study"],
     ["cli"],
 ]
@@ -31,7 +32,7 @@ LAYERS = [
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 ONLY_IN = {
     "mlflow": {"tracking"},
-    "ray": {"launch", "search"},
+    "ray": {"launch", "ray_cluster", "search"},
     "matplotlib": {"pictures"},
     "plotly": {"pictures"},
     "torch.distributed": {"collectives"},
@@ -81,7 +82,7 @@ def test_what_has_a_home_is_imported_only_there(path: Path) -> None:
 
 
 def test_launch_is_handed_the_loop_and_never_names_meta_learning() -> None:
-    assert ours(ROOT / "launch.py") <= {"errors", "worker", "interrupt"}
+    assert ours(ROOT / "launch.py") | ours(ROOT / "ray_cluster.py") <= {"errors", "worker"}
 
 
 def test_the_configuration_needs_no_torch() -> None:

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from distmaml import collectives, launch
+from distmaml import collectives, launch, ray_cluster
 from distmaml.errors import ClusterError, DivergenceError
 from distmaml.worker import Worker
 from tests.conftest import StartJob
@@ -24,7 +24,7 @@ def test_an_address_without_a_cluster_is_said_at_once() -> None:
     begun = time.monotonic()
     with (
         pytest.raises(ClusterError, match=r"no Ray cluster at 127.0.0.1:9.*--address"),
-        launch.cluster(NO_CLUSTER, num_cpus=1),
+        ray_cluster.connect(NO_CLUSTER, num_cpus=1),
     ):
         pass
     assert time.monotonic() - begun < 10
@@ -38,7 +38,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def _cluster() -> Iterator[None]:
     handlers = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
-    with launch.cluster(None, num_cpus=2) as resources:
+    with ray_cluster.connect(None, num_cpus=2) as resources:
         assert resources["CPU"] == 2
         assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == handlers
         yield
