@@ -84,6 +84,7 @@ def measure(function: object, config: Config, world_size: int) -> float:
         workers = [context.Process(target=function, args=entry) for entry in arguments]  # type: ignore[arg-type]
         for worker in workers:
             worker.start()
+        send.close()  # so that a worker that dies is an end of file here, and not a wait for ever
         rate = float(receive.recv())
         for worker in workers:
             worker.join()

@@ -66,7 +66,7 @@ class FewShotModel:
         if steps < 0:
             raise ConfigError(f"num_steps={steps} must be 0 or more.")
         state = self._learner.algorithm.adapt(self._learner.meta_params, Batch(inputs, targets), num_steps=steps)[-1]
-        return AdaptedModel(self, state, inputs)
+        return AdaptedModel(self, state, inputs, targets)
 
     def read_pictures(self, files: Sequence[str | Path]) -> Tensor:
         """Pictures as this model's inputs, ``[num_files, channels, height, width]`` in [0, 1].
@@ -105,11 +105,14 @@ class FewShotModel:
 class AdaptedModel:
     """A model that knows its task."""
 
-    def __init__(self, model: FewShotModel, state: Any, support_inputs: Tensor) -> None:
-        self._model, self._state, self._support_inputs = model, state, support_inputs
+    def __init__(self, model: FewShotModel, state: Any, support_inputs: Tensor, support_targets: Tensor) -> None:
+        self._model, self._state = model, state
+        self._support_inputs, self._support_targets = support_inputs, support_targets
 
     def predict(self, query: Any, *, transductive: bool = False) -> Tensor:
         """Class probabilities ``[num_samples, num_outputs]``, or for a regression the predicted values.
+
+        A class that the support set does not show has the probability 0.
 
         Args:
           query: inputs ``[num_samples, *input_shape]``.
@@ -130,7 +133,11 @@ class AdaptedModel:
                 predicted = outputs(self._support_inputs)[:0]
             else:
                 predicted = torch.stack([outputs(torch.cat([self._support_inputs, item[None]]))[-1] for item in inputs])
-        return predicted.softmax(-1) if self._model.config.objective == "classification" else predicted
+        if self._model.config.objective != "classification":
+            return predicted
+        absent = torch.ones(self._model.num_outputs, dtype=torch.bool)
+        absent[self._support_targets] = False
+        return predicted.masked_fill(absent, -torch.inf).softmax(-1)
 
 
 def _tensor(values: Any, what: str) -> Tensor:

@@ -132,7 +132,7 @@ def store(config: Config) -> ClassStore | None:
         return open_store(options.dataset)
     path = ensure_store(
         options.dataset,
-        data_dir=None if options.data_dir is None else options.data_dir.expanduser().absolute(),
+        data_dir=options.data_dir,
         image_size=options.image_size,
         color=options.color,
         stores_dir=paths.stores(config),

@@ -60,9 +60,13 @@ def guarded(main: Callable[[], int | None]) -> int | None:
         os._exit(STATUS)
 
 
-def ui_command(config: Config) -> str:
-    """The command that opens the MLflow UI on the runs of this output folder."""
+def how_to_compare(config: Config, view: str) -> list[str]:
+    """What opens the MLflow UI on the runs of this experiment: a link, and the command that it needs first.
+
+    Args:
+      view: the path of the page, behind a server's address.
+    """
     server = config.run.tracking_uri or os.environ.get("MLFLOW_TRACKING_URI")
     if server:
-        return server
-    return f"DISTMAML_HOME={paths.output_dir(config.run.output_dir)} make ui"
+        return [server.rstrip("/") + view]
+    return [f"DISTMAML_HOME={paths.output_dir(config.run.output_dir)} make ui", f"http://127.0.0.1:5000{view}"]

@@ -380,9 +380,10 @@ def _typed(name: str, value: Any, hint: Any) -> Any:
 MAY_CHANGE = {
     *("name", "output_dir", "resume", "tracking_uri", "experiment", "log_every", "checkpoint_every", "data_dir"),
     *("num_workers", "use_gpu", "gpus_per_worker", "address", "max_failures"),
-    *("num_outer_steps", "patience", "num_val_episodes", "num_test_episodes", "inductive"),
+    *("num_outer_steps", "patience", "num_test_episodes", "inductive"),
 }
-"""Fields that may differ between a run and its resumption. With ordered sums, workers may too, to the last bit."""
+"""Fields that may differ between a run and its resumption. With ordered sums, workers may too, to the last bit. More
+outer steps stretch the schedule: a cosine that had come down goes up again."""
 
 
 def changes(before: Mapping[str, Any], config: Config) -> list[str]:
@@ -437,6 +438,11 @@ def check(config: Config) -> None:
         raise ConfigError(f"final_lr_fraction={config.outer.final_lr_fraction} must lie in [0, 1].")
     if any(size < 1 for size in flat.get("hidden_sizes", ())):
         raise ConfigError(f"hidden_sizes={flat['hidden_sizes']} must all be 1 or more.")
+    if flat.get("dataset") == "glyphs" and flat.get("rotations") != "none":
+        raise ConfigError(
+            f"rotations={flat['rotations']!r} does not suit glyphs: turned, many letters are other letters (d and p, n "
+            "and u), which may be classes of another split. Take --rotations none, or another data set."
+        )
     for selector, (table, _) in OPTIONS.items():
         name = getattr(config, selector)
         if not is_custom(name) and name not in table:

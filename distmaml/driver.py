@@ -33,6 +33,8 @@ class Outcome(NamedTuple):
     folder: Path
     metrics: dict[str, float]
     scores: dict[str, dict[str, list[Any]]]
+    view: str
+    """Path of the MLflow page that compares the runs of the experiment, behind a server's address; may be empty."""
 
 
 # -------------------------------------------------------------------------------------------- training
@@ -63,7 +65,7 @@ def _train(config: Config, interrupt: Interrupt) -> Outcome:
         with preflight.claimed(folder):
             shutil.rmtree(folder)
         _say(f"An earlier {name} ended before its first checkpoint; it starts anew.")
-    with _tracked(config, folder, tracking, interrupt) as run:
+    with _tracked(config, folder, tracking, interrupt) as (run, view):
         write_text(folder / "config.json", json.dumps(to_json(config), indent=2))
         shutil.rmtree(output / "ray" / name, ignore_errors=True)  # of a driver that was killed outright
         with _cluster(config) as resources:
@@ -73,7 +75,6 @@ def _train(config: Config, interrupt: Interrupt) -> Outcome:
                 metrics, tested = _fit(
                     train_and_test, config, name, resources, max_failures=config.cluster.max_failures
                 )
-        run.add_metrics(int(metrics["step"]), {key: v for key, v in metrics.items() if key.startswith("best/")})
         run.add_artifact(paths.model(folder), "model")
         run.add_artifact(folder / "config.json", None)
         scores: dict[str, dict[str, list[Any]]] = {}
@@ -84,7 +85,7 @@ def _train(config: Config, interrupt: Interrupt) -> Outcome:
                 run.add_artifact(file, "evaluation")
         for picture in report.draw(config, folder, scores):
             run.add_artifact(picture, "pictures")
-    return Outcome(name, folder, metrics, scores)
+    return Outcome(name, folder, metrics, scores, view)
 
 
 def train_and_test(config: Config, worker: Worker) -> tuple[dict[str, float], dict[str, Any] | None]:
@@ -111,6 +112,9 @@ def evaluate(config: Config, *, split: str, step: int | None) -> dict[str, Any]:
         folder = paths.run_folder(config)
         file = paths.model(folder) if step is None else checkpoint.path_of(paths.checkpoints(folder), step)
         check_data(checkpoint.load(file)[1], config)
+        opened = build.store(config)
+        if opened is not None:
+            opened.verify()
         tracking = _open_tracking(config, resuming=folder)
         with _cluster(config) as resources:
             found = _fit(_Evaluation(split, step), config, f"{config.run.name}-{split}", resources, max_failures=0)
@@ -177,7 +181,7 @@ def _open_tracking(config: Config, *, resuming: Path | None) -> Any:
     from distmaml.tracking.uploader import replay
 
     output = paths.output_dir(config.run.output_dir)
-    tracking = open_tracking(output, config.run.tracking_uri)
+    tracking = open_tracking(output, config.run.tracking_uri or _server_of(resuming))
     sweep(tracking, resuming=resuming)
     if not tracking.reachable:
         return tracking
@@ -192,6 +196,12 @@ def _open_tracking(config: Config, *, resuming: Path | None) -> Any:
         except RunError:
             continue  # its own driver is about to send it
     return tracking
+
+
+def _server_of(folder: Path | None) -> str | None:
+    """The MLflow server that has a run already: another one would get a second run of the same training."""
+    record = None if folder is None else Outbox(folder).read_run()
+    return record.tracking_uri if record is not None and record.tracking_uri.startswith("http") else None
 
 
 def _has_unsent(folder: Path, tracking_uri: str) -> bool:
@@ -209,8 +219,8 @@ def _has_unsent(folder: Path, tracking_uri: str) -> bool:
 
 
 @contextmanager
-def _tracked(config: Config, folder: Path, tracking: Any, interrupt: Interrupt) -> Iterator[Any]:
-    """The MLflow run: FINISHED, FAILED or KILLED at the end, whatever happens inside."""
+def _tracked(config: Config, folder: Path, tracking: Any, interrupt: Interrupt) -> Iterator[tuple[Any, str]]:
+    """The MLflow run and the path of its view: FINISHED, FAILED or KILLED at the end, whatever happens inside."""
     from distmaml.tracking.runs import TrackedRun
     from distmaml.tracking.views import seed_view
 
@@ -229,8 +239,9 @@ def _tracked(config: Config, folder: Path, tracking: Any, interrupt: Interrupt) 
                 dataset=dataset,
             )
         quantity = config.evaluation.selection_metric.removeprefix("val/")
+        view: str | None = None
         if run.experiment_id is not None:
-            seed_view(
+            view = seed_view(
                 tracking,
                 run.experiment_id,
                 params=["log10_inner_lr", "log10_outer_lr", "num_inner_steps", "meta_batch_size"],
@@ -241,7 +252,7 @@ def _tracked(config: Config, folder: Path, tracking: Any, interrupt: Interrupt) 
             )
         if run.url:
             _say(f"MLflow: {run.url}")
-        yield run
+        yield run, view or ""
     except KeyboardInterrupt:
         if run is not None:
             run.end("KILLED", reason="stopped by a signal", timeout=3.0)

@@ -32,9 +32,10 @@ class Engine(NamedTuple):
 
 
 ENGINES = (Engine(True, "forward"), Engine(True, "reverse"), Engine(False, "reverse"), Engine(False, "forward"))
-"""From the fastest to the one that asks least of a module's operators."""
+"""In the order in which they are tried. Side by side, forward derivatives store nothing for each task; one task after
+the other, a second backward pass is the faster, and forward derivatives are for modules that have none."""
 
-# Which engine a function's module got along with, so that the others are tried once and not at every step.
+# Which engine an algorithm got along with on its module, so that those before it are tried once and not at every step.
 _engines: WeakKeyDictionary[Any, Engine] = WeakKeyDictionary()
 
 
@@ -47,7 +48,7 @@ def stack_over_tasks(owner: Any, function: Callable[[Any], Tree], tasks: TaskBat
     """``[function(task_0), function(task_1), ...]``, each leaf stacked along a new first axis.
 
     Args:
-      owner: what the choice of the engine is remembered for, usually the algorithm's own function.
+      owner: what the choice of the engine is remembered for: the algorithm's `adapt`.
       function: of one `Episode`.
       tasks: leaves ``[num_tasks, ...]``.
       vectorize: False keeps to one task after the other, which is faster for convolutions on a CPU.
@@ -60,10 +61,9 @@ def _run(
 ) -> Tree:
     allowed = [engine for engine in ENGINES if vectorize or not engine.vectorize]
     known = _engines.get(owner)
-    known = known if known in allowed else None
-    candidates = allowed if known is None else [known]
+    first = allowed.index(known) if known in allowed else 0
     refusals: list[tuple[Engine, Exception]] = []
-    for engine in candidates:
+    for engine in allowed[first:]:
         try:
             with torch.no_grad(), hvp_mode(engine.hvp):
                 result = (side_by_side if engine.vectorize else one_by_one)(function, tasks)
@@ -72,11 +72,10 @@ def _run(
         except (RuntimeError, NotImplementedError) as error:
             refusals.append((engine, error))
             continue
-        if known is None:
-            _engines[owner] = engine
-            if refusals:
-                reasons = "; ".join(f"not {tried}: {first_line(error)[:160]}" for tried, error in refusals)
-                log.warning("Computing %s (%s).", engine, reasons)
+        _engines[owner] = engine
+        if refusals:
+            reasons = "; ".join(f"not {tried}: {first_line(error)[:160]}" for tried, error in refusals)
+            log.warning("Computing %s (%s).", engine, reasons)
         return result
     raise refusals[-1][1]
 

@@ -1,7 +1,7 @@
 """The inner loop, descent on a support set, and its exact adjoint.
 
-Every function is pure, sees one task, and leaves no autograd graph behind; `outer.py` lays tasks
-side by side. Notation, as in Finn et al. (2017):
+Every function sees one task, and its tensors come without an autograd graph; `outer.py` lays tasks side by side.
+Notation, as in Finn et al. (2017):
 
     theta    meta-parameters, the initialisation
     phi_k    parameters after k inner steps, phi_0 = theta
@@ -112,16 +112,20 @@ def descend_vjp(
     """`descend`, and its `pull_back` as a function of the cotangents alone.
 
     Reverse over reverse, the pass that gives the gradient of the last inner step also begins its derivative, which
-    `pull_back` needs first. It is kept, so that a single inner step costs what unrolled autodiff does.
+    `pull_back` needs first. It is kept, so that a single inner step costs what unrolled autodiff does; its activations
+    live until `pull_back` has used them.
     """
     options: dict[str, Tree] = {"rule_params": rule_params, "context": context}
-    keeps = _hvp_mode.get() == "reverse" and num_steps > 0
-    trajectory = descend(loss_fn, params, rule=rule, num_steps=num_steps - keeps, **options)
     kept: dict[int, Linearization] = {}
-    if keeps:
-        last = kept[num_steps - 1] = linearize(loss_fn, trajectory[-1], context, num_steps - 1, needs_grads=True)
-        trajectory.append(rule.step(rule_params, trajectory[-1], last.grads or {}, num_steps - 1))
-        del last  # `pull_back` alone decides how long it lives
+    if _hvp_mode.get() == "forward" or num_steps == 0:
+        trajectory = descend(loss_fn, params, rule=rule, num_steps=num_steps, **options)
+    else:
+        last = num_steps - 1
+        trajectory = descend(loss_fn, params, rule=rule, num_steps=last, **options)
+        kept[last] = linearize(loss_fn, trajectory[-1], context, last)
+        grads = kept[last].grads
+        assert grads is not None  # they come for nothing there
+        trajectory.append(rule.step(rule_params, trajectory[-1], grads, last))
     return trajectory, lambda cotangents: pull_back(loss_fn, trajectory, cotangents, rule=rule, kept=kept, **options)
 
 

@@ -17,7 +17,7 @@ from distmaml.errors import ConfigError, DivergenceError
 from distmaml.meter import Meter
 from distmaml.outer import chunk_sum, init_outer, learning_rate, load_named_state, named_state, outer_step
 from distmaml.prefetch import prefetched
-from distmaml.recorder import Recorder, check_origin
+from distmaml.recorder import Recorder, check_data, check_origin
 from distmaml.scoring import Interval, interval, score
 from distmaml.trees import tree_leaves, tree_names, tree_to, tree_unflatten
 from distmaml.worker import Worker
@@ -70,21 +70,24 @@ def train(config: Config, worker: Worker) -> dict[str, float]:
         last = done == options.num_outer_steps
         if recorder and (done % config.run.log_every == 0 or done % config.run.checkpoint_every == 0 or last):
             recorder.points(done, {**meter.read(), "system/outer_lr": learning_rate(step, options)})
-        improved, stopped_early = last and best is None, False
+        improved, stopped_early = False, False
         if evaluation.val_every and (done % evaluation.val_every == 0 or last):
             with meter.excluded():
                 found = _validate(config, worker, learner, state.meta_params, tasks["val"])
             selected = _selected(config, found)
             sign = 1 if evaluation.selection_mode == "max" else -1
-            improved = improved or sign * selected > (-math.inf if best is None else sign * best)  # never for NaN
+            improved = sign * selected > (-math.inf if best is None else sign * best)  # never for NaN
             best, stale = (selected, 0) if improved else (best, stale + 1)
             stopped_early = not last and evaluation.patience is not None and stale >= evaluation.patience
             values.update(found)
             if recorder:
                 recorder.points(done, found)
+        improved = improved or (best is None and (last or stopped_early))  # a run has a result, whatever it is
         due = done % config.run.checkpoint_every == 0 or last or stopped_early
         if recorder:
             with meter.excluded():
+                if improved and best is not None:
+                    recorder.points(done, {_best_key(config): best})
                 if improved:
                     parts = dict(zip(tree_names(state.meta_params), tree_leaves(state.meta_params), strict=True))
                     recorder.model(done, parts, {"selection_metric": evaluation.selection_metric, "value": best})
@@ -114,6 +117,7 @@ def evaluate(config: Config, worker: Worker, *, split: str = "test", step: int |
     else:
         tensors, document = checkpoint.load(checkpoint.path_of(paths.checkpoints(folder), step))
         tensors = {n.removeprefix("meta_params/"): t for n, t in tensors.items() if n.startswith("meta_params/")}
+    check_data(document, config)
     leaves = [tensors[name].to(worker.device) for name in tree_names(learner.meta_params)]
     meta_params = tree_unflatten(learner.meta_params, leaves)
     num_episodes = evaluation.num_val_episodes if split == "val" else evaluation.num_test_episodes

@@ -94,7 +94,8 @@ def objective(
       head: name of the submodule that comes last; the last one with parameters by default.
 
     Raises:
-      ConfigError: the module keeps running statistics, or has no parameters, or no submodule named `head`.
+      ConfigError: the module keeps running statistics, or has no parameters, or no submodule named `head`; at the
+        first call, that it changes a buffer of its own (spectral norm does).
     """
     _refuse_running_statistics(model)
     training, deterministic = copy.deepcopy(model).train(), copy.deepcopy(model).eval()
@@ -105,8 +106,14 @@ def objective(
     attends = any(isinstance(m, nn.MultiheadAttention | nn.TransformerEncoderLayer) for m in model.modules())
     recurrent_on_gpu = any(isinstance(m, nn.RNNBase) and next(m.parameters()).is_cuda for m in model.modules())
 
+    watched = {training, deterministic}
+
     def call(params: Params, arguments: tuple[Any, ...], moment: Moment, submodule: str = "") -> Any:
         module = deterministic if moment.key is None else training
+        if module in watched:
+            watched.discard(module)
+            with _unchanged_buffers(module):
+                return call(params, arguments, moment, submodule)
         with ExitStack() as stack:
             stack.enter_context(sdpa_kernel(SDPBackend.MATH))  # the fused kernels have no second derivative
             if attends:
@@ -175,6 +182,18 @@ def _refuse_running_statistics(model: nn.Module) -> None:
                 f"{name} is a {kind} with running statistics. They would carry information from task to task and the "
                 f"meta-gradient would not be that of the loss. Write {kind}(..., track_running_stats=False) instead."
             )
+
+
+@contextmanager
+def _unchanged_buffers(model: nn.Module) -> Iterator[None]:
+    before = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    yield
+    changed = [name for name, buffer in model.named_buffers() if not torch.equal(buffer, before[name])]
+    if changed:
+        raise ConfigError(
+            f"{type(model).__name__} changes its buffer {changed[0]!r} when it is called, so the adjoint could not "
+            "call it again for the same outputs. Take a module without such a state."
+        )
 
 
 @contextmanager

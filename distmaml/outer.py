@@ -14,6 +14,7 @@ from distmaml.algorithms import Algorithm, MetaParams
 from distmaml.config import Outer
 from distmaml.engine import sum_over_tasks
 from distmaml.episodes import TaskBatch
+from distmaml.errors import CheckpointError
 from distmaml.inner import Metrics
 from distmaml.trees import tree_add, tree_index, tree_leaves, tree_map, tree_names, tree_unflatten
 
@@ -52,7 +53,7 @@ def chunk_sum(
       vectorize: False keeps to one task after the other, which is faster for convolutions on a CPU.
     """
     summed: tuple[MetaParams, Metrics] = sum_over_tasks(
-        algorithm.meta_grad, lambda task: algorithm.meta_grad(meta_params, task, step), tasks, vectorize=vectorize
+        algorithm.adapt, lambda task: algorithm.meta_grad(meta_params, task, step), tasks, vectorize=vectorize
     )
     return summed
 
@@ -129,7 +130,20 @@ def _entries(state: OuterState) -> Iterator[tuple[str, Tensor]]:
 
 
 def load_named_state(state: OuterState, tensors: dict[str, Tensor]) -> None:
-    """Puts what `named_state` gave back, in place."""
+    """Puts what `named_state` gave back, in place.
+
+    Raises:
+      CheckpointError: the parameters are those of another model.
+    """
+    expected = dict(zip(tree_names(state.meta_params), tree_leaves(state.meta_params), strict=True))
+    found = {n.removeprefix("meta_params/"): t for n, t in tensors.items() if n.startswith("meta_params/")}
+    for name in sorted({*expected, *found}):
+        shapes = [list(tree[name].shape) if name in tree else None for tree in (found, expected)]
+        if shapes[0] != shapes[1]:
+            raise CheckpointError(
+                f"the checkpoint is of another model: its parameter {name!r} has the shape {shapes[0]}, and now it is "
+                f"{shapes[1]}. Bring the old model back, or train under another name."
+            )
     optimizer_state: dict[int, dict[str, Tensor]] = {}
     with torch.no_grad():
         for index, (name, leaf) in enumerate(

@@ -11,19 +11,19 @@ from pathlib import Path
 import torch
 
 from distmaml import build, checkpoint, paths
-from distmaml.config import Config, changes, read, to_json
+from distmaml.config import Config, ImageTasks, changes, read, to_json
 from distmaml.errors import ConfigError, RunError, first_line
 from distmaml.files import write_text
-from distmaml.outer import chunk_sum
+from distmaml.outer import chunk_sum, init_outer, load_named_state
 from distmaml.recorder import check_origin
 from distmaml.tracking.outbox import Outbox
-from distmaml.trees import tree_to
+from distmaml.trees import Tree, tree_to
 
 LEAST_BYTES = 100 * 2**20
 
 
 def named(config: Config) -> Config:
-    """The configuration with a name and an absolute output folder.
+    """The configuration with a name and with absolute paths: a worker's working directory is another.
 
     Raises:
       ConfigError: a run is to be resumed, but nobody says which.
@@ -33,7 +33,14 @@ def named(config: Config) -> Config:
         if config.run.resume:
             raise ConfigError("--resume needs the --name of the run to go on with.")
         name = f"{config.recipe}-{time.strftime('%Y%m%d-%H%M%S')}"
-    return replace(config, run=replace(config.run, name=name, output_dir=paths.output_dir(config.run.output_dir)))
+    config = replace(config, run=replace(config.run, name=name, output_dir=paths.output_dir(config.run.output_dir)))
+    options = config.task_options
+    if isinstance(options, ImageTasks):
+        if options.data_dir is not None:
+            options = replace(options, data_dir=options.data_dir.expanduser().absolute())
+        if options.dataset.endswith(".arrow") and "://" not in options.dataset:
+            options = replace(options, dataset=str(Path(options.dataset).expanduser().absolute()))
+    return replace(config, task_options=options)
 
 
 def check_output(folder: Path) -> None:
@@ -72,6 +79,11 @@ def check_new(config: Config, folder: Path) -> None:
         raise RunError(
             f"a run named {config.run.name!r} exists in {folder}, {done[-1]} outer steps long. Go on with it by "
             "--resume, or choose another --name."
+        )
+    if paths.model(folder).exists() or any(paths.checkpoints(folder).glob("*.damaged")):
+        raise RunError(
+            f"a run named {config.run.name!r} exists in {folder}, with a model or damaged checkpoints but none to go "
+            "on from. Move the folder away, or choose another --name."
         )
     with claimed(folder):
         pass  # nobody is busy with it
@@ -162,6 +174,8 @@ def rehearse(config: Config, *, local: bool) -> None:
         one = tree_to(tasks["train"].sample([0]), device, dtype)
         with _quietly():
             chunk_sum(learner.algorithm, learner.meta_params, one, 0, vectorize=learner.vectorize)
+        if config.run.resume:
+            _check_restorable(config, learner.meta_params)
     except (RuntimeError, TypeError, ValueError, IndexError) as error:
         raise ConfigError(
             f"model={config.model!r} does not get along with tasks={config.tasks!r} and objective={config.objective!r}"
@@ -169,11 +183,19 @@ def rehearse(config: Config, *, local: bool) -> None:
         ) from error
     judged = {f"val/query_{name}" for name in ("loss", *learner.objective.metrics)}
     judged |= {f"{name}_step_{k}" for name in judged for k in range(config.evaluation.num_eval_steps + 1)}
-    if config.evaluation.val_every and config.evaluation.selection_metric not in judged:
+    if config.evaluation.selection_metric not in judged:
         raise ConfigError(
             f"selection_metric={config.evaluation.selection_metric!r} is not among the metrics of this run: "
             f"{', '.join(sorted(name for name in judged if '_step_' not in name))}."
         )
+
+
+def _check_restorable(config: Config, meta_params: Tree) -> None:
+    folder = paths.checkpoints(paths.run_folder(config))
+    last = checkpoint.newest(folder)
+    if last is not None:
+        tensors, _ = checkpoint.load(checkpoint.path_of(folder, last))
+        load_named_state(init_outer(meta_params, config.outer), tensors)
 
 
 @contextmanager

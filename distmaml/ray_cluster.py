@@ -138,8 +138,8 @@ def _init(where: str, handlers: Mapping[int, Any], **options: Any) -> None:
         ray.init(**options, logging_level=logging.WARNING, log_to_driver=True)
     except (ConnectionError, RuntimeError, ValueError) as error:
         raise ClusterError(
-            f"no Ray cluster {where} ({first_line(error)}). Check --address and RAY_AUTH_TOKEN; leave both out to start "
-            "one here."
+            f"no Ray cluster {where} ({first_line(error)}). Check --address and RAY_AUTH_TOKEN; leave both out to "
+            "start one here."
         ) from error
     except SystemExit:  # Ray's answer to SIGTERM
         raise KeyboardInterrupt from None

@@ -58,7 +58,7 @@ def sinusoid_maml_5s() -> Config:
         objective="regression",
         tasks="sinusoid",
         task_options=Sinusoid(num_shots=5, num_queries=10),
-        outer=Outer(num_outer_steps=70_000, meta_batch_size=25, reduction_chunk=13),
+        outer=Outer(num_outer_steps=70_000, meta_batch_size=25, reduction_chunk=25),  # too small to share,
         evaluation=Evaluation(
             num_eval_steps=10,
             val_every=5000,

@@ -29,6 +29,13 @@ def num_episodes(config: Config, split: str) -> int:
     return config.evaluation.num_val_episodes if split == "val" else config.evaluation.num_test_episodes
 
 
+def data_of(config: Config, split: str) -> str:
+    """What the episodes of a split are made of, and whether training has seen it."""
+    if isinstance(config.task_options, ImageTasks) and config.task_options.split_by == "samples":
+        return f"the {split} pictures of classes that training has seen (split_by samples)"
+    return f"the {split} split, which training never saw"
+
+
 def metrics_of(scores: Scores, *, prefix: str = "test") -> dict[str, float]:
     """The flat metrics of an evaluation, as MLflow gets them; the inductive ones under ``test_inductive/``."""
     flat = {}
@@ -54,6 +61,7 @@ def write_evaluation(
         "recipe": config.recipe,
         "commit": _commit(),
         "split": split,
+        "data": data_of(config, split),
         "dataset": build.dataset_record(config),
         "outer_steps": found["step"],
         "num_episodes": num_episodes(config, split),

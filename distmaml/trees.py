@@ -4,7 +4,6 @@ from collections.abc import Callable, Sequence
 from typing import Any, TypeAlias
 
 import torch
-from torch import Tensor
 from torch.utils import _pytree as pytree
 
 Tree: TypeAlias = Any
@@ -36,12 +35,6 @@ def tree_names(tree: Tree) -> list[str]:
 def tree_add(a: Tree, b: Tree) -> Tree:
     """``a + b``, leaf by leaf."""
     return tree_map(torch.add, a, b)
-
-
-def tree_dot(a: Tree, b: Tree) -> Tensor:
-    """Inner product of two trees, a scalar tensor."""
-    products = [(x * y).sum() for x, y in zip(tree_leaves(a), tree_leaves(b), strict=True)]
-    return torch.stack(products).sum()
 
 
 def tree_index(tree: Tree, index: int | slice) -> Tree:

@@ -10,7 +10,7 @@ import tyro
 
 from distmaml import cli
 from distmaml.adapter import load
-from distmaml.datasets.images import SUFFIXES
+from distmaml.datasets.images import folders_in, pictures_in
 from distmaml.episodes import Batch
 from distmaml.errors import DataError
 from distmaml.files import write_text
@@ -28,18 +28,17 @@ def main(model: Path, support: Path, query: Path, output: Path = Path("predictio
     if not support.is_dir():
         raise DataError(f"--support {support} is not a folder.")
     learner = load(model)
-    classes = sorted(folder for folder in support.iterdir() if folder.is_dir() and not folder.name.startswith("."))
+    classes = folders_in(support)
     if not 2 <= len(classes) <= learner.num_outputs:
         raise DataError(
             f"{support} has {len(classes)} folders. Give a folder for each class; this model tells 2 to "
             f"{learner.num_outputs} classes apart."
         )
-    shots = [pictures(folder) for folder in classes]
+    shots = [pictures_in(folder) for folder in classes]
     labels = torch.cat([torch.full((len(files),), label) for label, files in enumerate(shots)])
     adapted = learner.adapt(Batch(learner.read_pictures([file for files in shots for file in files]), labels))
-    queries = [query] if query.is_file() else pictures(query)
+    queries = pictures_in(query) if query.is_dir() else [query]
     probabilities = adapted.predict(learner.read_pictures(queries))[:, : len(classes)]
-    probabilities = probabilities / probabilities.sum(-1, keepdim=True)  # of the classes that were shown
     names = [folder.name for folder in classes]
     table = io.StringIO()
     writer = csv.writer(table, lineterminator="\n")
@@ -50,14 +49,6 @@ def main(model: Path, support: Path, query: Path, output: Path = Path("predictio
         print(f"{file.name}: {names[best]} ({100 * row[best]:.0f} %)")
     write_text(output, table.getvalue())
     print(f"probabilities of all labels: {output}")
-
-
-def pictures(folder: Path) -> list[Path]:
-    """The pictures in a folder, by name."""
-    files = sorted(path for path in folder.glob("*") if path.suffix.lower() in SUFFIXES)
-    if not files:
-        raise DataError(f"there is no picture in {folder}; known are {', '.join(sorted(SUFFIXES))}.")
-    return files
 
 
 if __name__ == "__main__":

@@ -1,7 +1,6 @@
 """Scores a run's model, or one of its checkpoints, on fresh workers."""
 
 import sys
-from dataclasses import replace
 from pathlib import Path
 from typing import Literal
 
@@ -18,7 +17,11 @@ def main(
     step: int | None = None,
     num_eval_steps: int | None = None,
     num_workers: int | None = None,
+    data_dir: Path | None = None,
     output_dir: Path | None = None,
+    address: str | None = None,
+    use_gpu: Literal["auto", "yes", "no"] = "auto",
+    tracking_uri: str | None = None,
 ) -> None:
     """Score a run's model on N episodes: mean and 95 % interval after each inner step, in both batch-norm modes.
 
@@ -29,7 +32,11 @@ def main(
       step: score the checkpoint after this outer step rather than the best model.
       num_eval_steps: inner steps; those of the run by default.
       num_workers: Ray workers; those of the run by default.
+      data_dir: folder with the raw files; that of the run by default.
       output_dir: where the run lies. Default: $DISTMAML_HOME, else ~/distmaml.
+      address: of a running Ray cluster. Default: $RAY_ADDRESS, else one started on this machine.
+      use_gpu: use GPUs if the cluster has any, or always, or never.
+      tracking_uri: MLflow server; the one that has the run by default.
     """
     folder = paths.output_dir(output_dir) / "runs" / run
     file = folder / "config.json"
@@ -43,11 +50,15 @@ def main(
         "num_val_episodes" if split == "val" else "num_test_episodes": num_episodes,
         "num_eval_steps": num_eval_steps,
         "num_workers": num_workers,
+        "data_dir": data_dir,
     }
-    settings = config.override(settings, {name: value for name, value in wanted.items() if value is not None})
-    settings = replace(settings, run=replace(settings.run, name=run, output_dir=paths.output_dir(output_dir)))
+    here = {"name": run, "output_dir": output_dir, "address": address, "use_gpu": use_gpu, "tracking_uri": tracking_uri}
+    settings = config.override(
+        settings, {**{name: value for name, value in wanted.items() if value is not None}, **here}
+    )
     found = driver.evaluate(settings, split=split, step=step)
-    print(f"{run} after {found['step']} outer steps, {found['num_episodes']} episodes of the {split} split:")
+    data = report.data_of(settings, split)
+    print(f"{run} after {found['step']} outer steps, {found['num_episodes']} episodes of {data}:")
     print(report.table(found["modes"]))
     for written in found["files"]:
         print(written)

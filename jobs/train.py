@@ -10,11 +10,12 @@ def main() -> int:
     config = cli.parse_recipe(sys.argv[1:], prog="jobs/train.py", description=__doc__)
     outcome = driver.train(config)
     if outcome.scores:
-        print(f"\nTest on {config.evaluation.num_test_episodes} episodes of the test split, which training never saw:")
+        print(f"\nTest on {config.evaluation.num_test_episodes} episodes of {report.data_of(config, 'test')}:")
         print(report.table(outcome.scores))
     print(f"\nmodel     {outcome.folder / 'model.safetensors'}")
     print(f"pictures  {outcome.folder / 'artifacts'}")
-    print(f"compare   {cli.ui_command(config)}")
+    for line in cli.how_to_compare(config, outcome.view):
+        print(f"compare   {line}")
     return 0
 
 

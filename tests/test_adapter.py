@@ -91,6 +91,15 @@ def test_adapting_twice_leaves_the_model_as_it_was(model: FewShotModel, task: An
     assert torch.equal(model.adapt(task[0]).predict(task[1].inputs), first)
 
 
+def test_a_class_that_was_not_shown_has_no_probability(model: FewShotModel, task: Any) -> None:
+    support, query = task
+    shown = support.targets != 1
+    found = model.adapt(Batch(support.inputs[shown], support.targets[shown])).predict(query.inputs)
+    assert found.shape == (len(query.inputs), 3)
+    assert not found[:, 1].any()
+    torch.testing.assert_close(found.sum(-1), torch.ones(len(found)))
+
+
 def test_no_query_has_no_answer(model: FewShotModel, task: Any) -> None:
     assert model.adapt(task[0]).predict(task[1].inputs[:0]).shape == (0, 3)
 

@@ -12,6 +12,7 @@ from distmaml.engine import ENGINES
 from distmaml.errors import ConfigError
 from distmaml.objectives import classification, initial_params, objective, regression
 from distmaml.outer import chunk_sum, meta_gradient
+from distmaml.scoring import score
 from distmaml.trees import tree_map
 from tests import oracles
 from tests.modules import SMOOTH, WITH_ORACLE, make
@@ -81,12 +82,19 @@ def test_maml_equals_central_differences(name: str) -> None:
     assert (4 * fine - coarse) / 3 == pytest.approx(slope, rel=1e-6)
 
 
+WITHOUT_BATCHING_RULE = ("lstm", "gru", "dropout")
+
+
 @pytest.mark.parametrize("engine", ENGINES, ids=str)
-@pytest.mark.parametrize("name", ["mlp", "batch norm"])
+@pytest.mark.parametrize("name", WITH_ORACLE)
 def test_every_engine_gives_the_same_gradient(name: str, engine: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     case, tasks, loss = make(name)
     theta = initial_params(case.model)
     monkeypatch.setattr(engines, "ENGINES", (engine,))
+    if engine.vectorize and name in WITHOUT_BATCHING_RULE:
+        with pytest.raises(RuntimeError):  # refused, and never computed wrongly
+            meta_gradient(maml(objective_of(case), **INNER), theta, tasks, 0)
+        return
     found, _ = meta_gradient(maml(objective_of(case), **INNER), theta, tasks, 0)
     assert oracles.relative_error(found, oracles.unrolled(case.model, theta, tasks, loss, **ORACLE)) < 1e-10
 
@@ -102,6 +110,24 @@ def test_a_loss_without_forward_derivative_steps_down_and_says_so_once(caplog: p
     assert [record.message.split(" (")[0] for record in caplog.records] == [
         "Computing one task after the other, reverse over reverse"
     ]
+
+
+def test_the_engine_of_the_evaluation_is_not_forced_on_the_gradient() -> None:
+    """Side by side, forward over reverse: predicting gets along with that, the derivative of mse_loss does not."""
+    case, tasks, loss = make("linear")
+    target = objective(case.model, lambda a, b: (nn.functional.mse_loss(a, b), {}))
+    algorithm, theta = maml(target, **INNER), initial_params(case.model)
+    score(algorithm, target, theta, tasks, num_steps=1, inductive=False)
+    found, _ = meta_gradient(algorithm, theta, tasks, 0)
+    assert oracles.relative_error(found, oracles.unrolled(case.model, theta, tasks, loss, **ORACLE)) < 1e-10
+
+
+def test_a_module_that_changes_its_buffers_is_refused() -> None:
+    _, tasks, _ = make("linear")
+    model = nn.Sequential(nn.utils.parametrizations.spectral_norm(nn.Linear(3, 2))).double()
+    algorithm = maml(regression(model), **INNER)
+    with pytest.raises(ConfigError, match=r"Sequential changes its buffer '0\.parametrizations.*_u'"):
+        meta_gradient(algorithm, initial_params(model), tasks, 0)
 
 
 @pytest.mark.parametrize("chunk_size", [1, 2, 5])

@@ -13,9 +13,11 @@ from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import safetensors.torch
 import torch
+from PIL import Image
 
 from distmaml import checkpoint, driver, launch, ray_cluster
 from distmaml.config import Config, override
@@ -29,6 +31,7 @@ from distmaml.errors import (
     TrackingError,
 )
 from distmaml.recipes import glyphs_maml_5w1s, sinusoid_maml_5s
+from distmaml.segments import committed_segments, read_points
 from distmaml.worker import LocalWorker, Worker
 from tests.conftest import Job, StartJob
 
@@ -223,6 +226,16 @@ def test_a_run_without_a_checkpoint_starts_anew_under_its_name(output_dir: Path)
 
 
 @pytest.mark.usefixtures("locally")
+def test_a_run_whose_checkpoints_are_all_damaged_is_not_deleted(output_dir: Path) -> None:
+    outcome = driver.train(sinusoid(output_dir))
+    for file in (outcome.folder / "checkpoints").iterdir():
+        file.rename(file.with_suffix(".damaged"))
+    with pytest.raises(RunError, match=r"'sine' exists in .*, with a model or damaged checkpoints.*--name"):
+        driver.train(sinusoid(output_dir))
+    assert (outcome.folder / "model.safetensors").exists()
+
+
+@pytest.mark.usefixtures("locally")
 def test_a_run_in_use_is_not_touched(output_dir: Path) -> None:
     from distmaml.tracking.outbox import Outbox
 
@@ -282,8 +295,14 @@ def test_a_run_without_mlflow_ends_well(output_dir: Path, monkeypatch: pytest.Mo
 
     original = TrackedRun.end
     monkeypatch.setattr(TrackedRun, "end", lambda self, status, **_: original(self, status, timeout=1.0))
-    outcome = driver.train(sinusoid(output_dir, tracking_uri="http://127.0.0.1:9"))
+    config = sinusoid(output_dir, tracking_uri="http://127.0.0.1:9")
+    outcome = driver.train(config)
     assert "transductive" in outcome.scores
+    kept = [p.step for s in committed_segments(outcome.folder / "metrics", -1) for p in read_points(s)]
+    assert sorted({*kept}) == [1, 2, 3, 4], "the points wait in the run's folder"
+    assert not (outcome.folder / "tracking" / "sent.json").exists()
+    driver.evaluate(override(config, {"tracking_uri": None}), split="test", step=None)
+    assert not mlflow_runs(output_dir), "the server has the run, or will; here it would be a second one"
 
 
 # -------------------------------------------------------------------------------------------- before the start
@@ -294,8 +313,10 @@ def test_a_run_without_mlflow_ends_well(output_dir: Path, monkeypatch: pytest.Mo
     ("values", "error", "message"),
     [
         ({"num_ways": 500}, DataError, "num_ways=500 asks for more classes"),
-        ({"objective": "regression"}, ConfigError, "model"),
+        ({"objective": "regression"}, ConfigError, r"returns \[5, 5\] for targets \[5\]; broadcasting"),
+        ({"rotations": "all"}, ConfigError, "rotations='all' does not suit glyphs"),
         ({"selection_metric": "val/f1"}, ConfigError, "selection_metric='val/f1' is not among"),
+        ({"selection_metric": "val/f1", "val_every": 0}, ConfigError, "selection_metric='val/f1' is not among"),
         ({"address": "127.0.0.1:9"}, ClusterError, "no Ray cluster at 127.0.0.1:9"),
         ({"use_gpu": "yes"}, ConfigError, "no GPU on this machine"),
         ({"tracking_uri": "postgresql://db"}, TrackingError, "is not the address of an MLflow server"),
@@ -425,13 +446,34 @@ def test_a_run_prints_what_a_user_wants_to_see_and_no_more(waves: Waves, undistu
         r" *1 .*",
         r"model .*",
         r"pictures .*",
-        r"compare .*",
+        r"compare .* make ui",
+        r"compare   http://127\.0\.0\.1:5000/#/experiments/.*viewStateShareKey=distmaml",
     )
     assert len(others) == len(patterns), undisturbed.output
     for line, pattern in zip(others, patterns, strict=True):
         assert re.fullmatch(pattern, line), undisturbed.output
     waves.assert_complete("undisturbed")
     waves.assert_nothing_of_ray_is_left(undisturbed)
+
+
+@pytest.mark.ray
+def test_pictures_of_ones_own_train_by_a_relative_path(start_job: StartJob, prepared: Path, tmp_path: Path) -> None:
+    """Cats and dogs: two folders, divided by samples. Workers have another working directory than the command."""
+    for number, name in enumerate(["cat", "dog"]):
+        (tmp_path / "pets" / name).mkdir(parents=True)
+        for index in range(25):
+            pixels = np.random.default_rng([number, index]).integers(0, 256, (20, 30, 3), dtype=np.uint8)
+            Image.fromarray(pixels).save(tmp_path / "pets" / name / f"{index}.jpg")
+    shutil.copytree(prepared, tmp_path / "output")
+    options = (
+        "--dataset image_folder --data-dir pets --color --image-size 16 --split-by samples --num-ways 2 --num-shots 2 "
+        "--num-queries 3 --num-eval-queries 3 --num-outer-steps 2 --meta-batch-size 2 --num-val-episodes 2 --name pets "
+        "--num-test-episodes 2 --num-filters 4 --output-dir output"
+    )
+    job = start_job("train", "glyphs-maml-5w1s", *options.split(), folder=tmp_path)
+    assert job.wait() == 0, job.output
+    assert "Test on 2 episodes of the test pictures of classes that training has seen (split_by samples):" in job.output
+    assert "http://127.0.0.1:5000/#/experiments/" in job.output
 
 
 @pytest.mark.ray

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from distmaml import checkpoint, loop, paths
+from distmaml import build, checkpoint, loop, paths
 from distmaml.config import Config, override
 from distmaml.errors import ConfigError, DivergenceError, RunError
 from distmaml.segments import Point, committed_segments, read_points
@@ -253,6 +253,15 @@ def test_a_validation_that_is_not_a_number_is_never_the_best(tmp_path: Path) -> 
     assert math.isfinite(found["best/query_loss"])
 
 
+def test_a_run_that_stops_early_without_a_good_validation_still_leaves_a_model(tmp_path: Path) -> None:
+    changes = {"val_every": 3, "inner_lr": 1.0, "num_inner_steps": 1, "num_eval_steps": 200, "patience": 1}
+    config = waves(tmp_path, "hopeless", num_outer_steps=20, **changes)
+    found = loop.train(config, LocalWorker())
+    assert found["step"] == 3
+    assert "best/query_loss" not in found
+    assert model_of(config)[1]["step"] == 3
+
+
 def test_without_validation_the_model_is_that_of_the_last_step(tmp_path: Path) -> None:
     config = waves(tmp_path, "blind", num_outer_steps=4, val_every=0)
     found = loop.train(config, LocalWorker())
@@ -274,6 +283,8 @@ def test_the_model_is_that_of_the_best_validation(tmp_path: Path) -> None:
     best = min(losses, key=lambda step: losses[step])
     tensors, document = model_of(config)
     assert (document["step"], document["value"], found["best/query_loss"]) == (best, losses[best], losses[best])
+    told = {p.step: p.values["best/query_loss"] for p in points_of(config) if "best/query_loss" in p.values}
+    assert told == {step: loss for step, loss in losses.items() if loss == min(losses[s] for s in losses if s <= step)}
     assert torch.equal(tensors["head.weight"], state_after(config, best)["meta_params/head.weight"])
 
 
@@ -292,6 +303,18 @@ def test_evaluation_of_a_step_is_that_of_its_checkpoint(tmp_path: Path) -> None:
     step = model_of(config)[1]["step"]
     assert loop.evaluate(config, LocalWorker(), step=step) == loop.evaluate(config, LocalWorker())
     assert loop.evaluate(config, LocalWorker(), step=5) != loop.evaluate(config, LocalWorker(), step=20)
+
+
+def test_data_that_changed_since_the_training_are_not_evaluated(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tiny_store(tmp_path / "tiny.arrow")
+    config = pictures(tmp_path, "tiny", num_outer_steps=1, val_every=0)
+    loop.train(config, LocalWorker())
+    record = {**(build.dataset_record(config) or {}), "content_hash": "0" * 64}
+    monkeypatch.setattr(build, "dataset_record", lambda _: record)
+    with pytest.raises(RunError, match=r"trained on data with content_hash .*, and now it is 000000000000"):
+        loop.evaluate(config, LocalWorker())
 
 
 def test_evaluation_of_the_validation_split_repeats_the_training_runs_figures(tmp_path: Path) -> None:

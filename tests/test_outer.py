@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from distmaml.config import Outer
+from distmaml.errors import CheckpointError
 from distmaml.outer import init_outer, learning_rate, load_named_state, named_state, outer_step
 
 THETA = {"a": torch.tensor([3.0, 4.0], dtype=torch.float64), "b.c": torch.tensor([[1.0]], dtype=torch.float64)}
@@ -105,6 +106,16 @@ def test_a_state_that_was_put_back_goes_on_as_if_nothing_had_happened(optimizer:
     found, expected = named_state(again), named_state(straight)
     assert found.keys() == expected.keys()
     assert all(torch.equal(found[name], expected[name]) for name in expected)
+
+
+def test_a_state_of_another_model_is_refused_by_the_name_of_a_parameter() -> None:
+    saved = named_state(init_outer({**THETA, "a": torch.zeros(3)}, Outer()))
+    with pytest.raises(
+        CheckpointError, match=r"another model: its parameter 'a' has the shape \[3\], and now it is \[2\]"
+    ):
+        load_named_state(init_outer(THETA, Outer()), saved)
+    with pytest.raises(CheckpointError, match=r"parameter 'b\.c' has the shape None"):
+        load_named_state(init_outer(THETA, Outer()), named_state(init_outer({"a": THETA["a"]}, Outer())))
 
 
 def test_the_state_of_adam_has_a_name_for_everything() -> None:

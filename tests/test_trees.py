@@ -3,7 +3,7 @@
 import torch
 
 from distmaml.episodes import Batch, Episode
-from distmaml.trees import tree_add, tree_dot, tree_index, tree_leaves, tree_map, tree_names, tree_to, tree_unflatten
+from distmaml.trees import tree_add, tree_index, tree_leaves, tree_map, tree_names, tree_to, tree_unflatten
 
 TREE = {"b": torch.tensor([1.0, 2.0]), "a": (torch.tensor([3.0]), {"c": torch.tensor([[4.0]])})}
 
@@ -27,9 +27,8 @@ def test_unflatten_undoes_leaves() -> None:
     assert again["a"][1]["c"] is TREE["a"][1]["c"]  # type: ignore[index]
 
 
-def test_sum_and_inner_product_by_hand() -> None:
+def test_sum_by_hand() -> None:
     assert [leaf.flatten().tolist() for leaf in tree_leaves(tree_add(TREE, TREE))] == [[2.0, 4.0], [6.0], [8.0]]
-    assert float(tree_dot(TREE, TREE)) == 1 + 4 + 9 + 16
 
 
 def test_map_goes_over_several_trees() -> None:

@@ -21,7 +21,7 @@ import numpy as np
 import numpy.typing as npt
 from tqdm import tqdm
 
-from distmaml.datasets.images import SUFFIXES, read_image
+from distmaml.datasets.images import folders_in, pictures_in, read_image
 from distmaml.errors import ConfigError, DataError
 from distmaml.store import SPLITS, StoreInfo, hash_order, write_store
 
@@ -86,28 +86,12 @@ def _draw_splits(class_names: Mapping[str, object]) -> _Splits:
 
 
 def _pictures_of_folders(data_dir: Path) -> dict[str, list[Path]]:
-    names = sorted(entry.name for entry in data_dir.iterdir() if entry.is_dir() and not _is_hidden(entry))
-    if len(names) < 2:
-        raise DataError(f"{data_dir} has {len(names)} folders of pictures; put each of 2 or more classes into its own.")
-    return {name: _pictures_in(data_dir / name) for name in names}
-
-
-def _pictures_in(folder: Path) -> list[Path]:
-    if not folder.is_dir():
+    folders = folders_in(data_dir)
+    if len(folders) < 2:
         raise DataError(
-            f"{folder} is not there, but a CSV file names the class {folder.name!r}. Add it or its pictures."
+            f"{data_dir} has {len(folders)} folders of pictures; put each of 2 or more classes into its own."
         )
-    paths = sorted(p for p in folder.iterdir() if p.suffix.lower() in SUFFIXES and not _is_hidden(p) and p.is_file())
-    if not paths:
-        raise DataError(
-            f"class {folder.name!r} has no picture: {folder} holds no {', '.join(sorted(SUFFIXES))}. "
-            "Add some or remove the class."
-        )
-    return paths
-
-
-def _is_hidden(path: Path) -> bool:
-    return path.name.startswith((".", "__MACOSX"))
+    return {folder.name: pictures_in(folder) for folder in folders}
 
 
 # ------------------------------------------------------------------------------------------- CSV files
@@ -162,7 +146,12 @@ def _pictures_of_tables(data_dir: Path, tables: Mapping[str, Mapping[str, Sequen
                     f"class {label!r} in {split}.csv of {data_dir} is in another split, too. Remove it in one."
                 )
             if not (flat.is_dir() and filenames):
-                pictures[label] = _pictures_in(data_dir / label)
+                if not (data_dir / label).is_dir():
+                    raise DataError(
+                        f"{data_dir / label} is not there, but a CSV file names the class {label!r}. Add it or its "
+                        "pictures."
+                    )
+                pictures[label] = pictures_in(data_dir / label)
                 continue
             pictures[label] = [flat / filename for filename in sorted(set(filenames))]
             for path in pictures[label]:

@@ -58,6 +58,27 @@ def read_image(
     return np.ascontiguousarray(255 - pixels if ink else pixels)
 
 
+def pictures_in(folder: Path) -> list[Path]:
+    """The pictures that lie in a folder, by name; hidden files are left out.
+
+    Raises:
+      DataError: there is none.
+    """
+    files = sorted(path for path in folder.iterdir() if path.suffix.lower() in SUFFIXES and _is_shown(path))
+    if not files:
+        raise DataError(f"there is no picture in the folder {folder}; known kinds are {', '.join(sorted(SUFFIXES))}.")
+    return files
+
+
+def folders_in(folder: Path) -> list[Path]:
+    """The folders that lie in a folder, by name, a class each; hidden ones are left out."""
+    return sorted(path for path in folder.iterdir() if path.is_dir() and _is_shown(path))
+
+
+def _is_shown(path: Path) -> bool:
+    return not path.name.startswith((".", "__MACOSX"))
+
+
 def _on_white(picture: Image.Image, name: str) -> Image.Image:
     """The picture as 8-bit grey or RGB."""
     if picture.mode.startswith("I"):
