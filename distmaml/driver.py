@@ -3,7 +3,6 @@
 import json
 import os
 import shutil
-import sys
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -12,18 +11,13 @@ from typing import Any, NamedTuple
 
 import torch
 
-from distmaml import build, checkpoint, launch, loop, paths, preflight, ray_cluster, report
-from distmaml.config import Config, check, flatten, to_json
-from distmaml.errors import RunError, first_line
+from distmaml import build, checkpoint, experiment, launch, loop, paths, preflight, ray_cluster, report
+from distmaml.config import Config, check, to_json
 from distmaml.files import write_text
 from distmaml.interrupt import Interrupt, interruptible
-from distmaml.progress import Progress
+from distmaml.progress import Progress, say
 from distmaml.recorder import check_data
-from distmaml.segments import committed_segments
-from distmaml.tracking.outbox import Dataset, Outbox
 from distmaml.worker import Worker
-
-LEFT_OVER_SECONDS = 20.0
 
 
 class Outcome(NamedTuple):
@@ -60,17 +54,17 @@ def _train(config: Config, interrupt: Interrupt) -> Outcome:
     preflight.check_output(output)
     ray_cluster.check_address(config.cluster.address)
     preflight.rehearse(config, local=ray_cluster.is_local(config.cluster.address))
-    tracking = _open_tracking(config, resuming=folder if config.run.resume else None)
+    tracking = experiment.open_tracking(config, resuming=folder if config.run.resume else None)
     if not config.run.resume and preflight.was_started(folder):
         with preflight.claimed(folder):
             shutil.rmtree(folder)
-        _say(f"An earlier {name} ended before its first checkpoint; it starts anew.")
-    with _tracked(config, folder, tracking, interrupt) as (run, view):
+        say(f"An earlier {name} ended before its first checkpoint; it starts anew.")
+    with experiment.tracked(config, folder, tracking, interrupt) as (run, view):
         write_text(folder / "config.json", json.dumps(to_json(config), indent=2))
         shutil.rmtree(output / "ray" / name, ignore_errors=True)  # of a driver that was killed outright
         with _cluster(config) as resources:
             cpus, gpus = _count(resources.get("CPU", 0), "CPU"), _count(resources.get("GPU", 0), "GPU")
-            _say(f"{_count(config.cluster.num_workers, 'worker')} on {cpus} and {gpus}; the run lies in {folder}")
+            say(f"{_count(config.cluster.num_workers, 'worker')} on {cpus} and {gpus}; the run lies in {folder}")
             with Progress(config, folder):
                 metrics, tested = _fit(
                     train_and_test, config, name, resources, max_failures=config.cluster.max_failures
@@ -115,7 +109,7 @@ def evaluate(config: Config, *, split: str, step: int | None) -> dict[str, Any]:
         opened = build.store(config)
         if opened is not None:
             opened.verify()
-        tracking = _open_tracking(config, resuming=folder)
+        tracking = experiment.open_tracking(config, resuming=folder)
         with _cluster(config) as resources:
             found = _fit(_Evaluation(split, step), config, f"{config.run.name}-{split}", resources, max_failures=0)
         episodes, steps = report.num_episodes(config, split), config.evaluation.num_eval_steps
@@ -123,7 +117,7 @@ def evaluate(config: Config, *, split: str, step: int | None) -> dict[str, Any]:
         files = report.write_evaluation(config, folder, found, split=split, name=name)
         # Not test/*: what the run itself measured at its end stays its result.
         metrics = report.metrics_of(found["modes"], prefix=f"evaluation_{split}")
-        _tell(folder, tracking, found["step"], metrics, files)
+        experiment.add_evaluation(folder, tracking, found["step"], metrics, files)
     return {**found, "num_episodes": episodes, "files": files}
 
 
@@ -171,119 +165,5 @@ def _gpus_per_worker(config: Config, resources: Mapping[str, float]) -> float:
     return config.cluster.gpus_per_worker if wanted else 0.0
 
 
-# -------------------------------------------------------------------------------------------- tracking
-
-
-def _open_tracking(config: Config, *, resuming: Path | None) -> Any:
-    """MLflow, with what earlier commands left to be told to it."""
-    from distmaml.tracking.database import open_tracking
-    from distmaml.tracking.runs import sweep
-    from distmaml.tracking.uploader import replay
-
-    output = paths.output_dir(config.run.output_dir)
-    tracking = open_tracking(output, config.run.tracking_uri or _server_of(resuming))
-    sweep(tracking, resuming=resuming)
-    if not tracking.reachable:
-        return tracking
-    deadline = time.monotonic() + LEFT_OVER_SECONDS
-    for folder in sorted((output / "runs").glob("*")):
-        left = deadline - time.monotonic()
-        if folder == resuming or left <= 0 or not _has_unsent(folder, tracking.uri):
-            continue
-        try:
-            if replay(folder, tracking, timeout=left):
-                _say(f"MLflow has now got what the run {folder.name} had left to tell it.")
-        except RunError:
-            continue  # its own driver is about to send it
-    return tracking
-
-
-def _server_of(folder: Path | None) -> str | None:
-    """The MLflow server that has a run already: another one would get a second run of the same training."""
-    record = None if folder is None else Outbox(folder).read_run()
-    return record.tracking_uri if record is not None and record.tracking_uri.startswith("http") else None
-
-
-def _has_unsent(folder: Path, tracking_uri: str) -> bool:
-    outbox = Outbox(folder)
-    try:
-        record = outbox.read_run()
-    except RunError:
-        return False
-    if record is None or record.tracking_uri != tracking_uri:
-        return False
-    sent = outbox.read_sent(tracking_uri)
-    if sent is None:
-        return True
-    return bool(committed_segments(outbox.metrics, sent.step)) or any(True for _ in outbox.records(after=sent.outbox))
-
-
-@contextmanager
-def _tracked(config: Config, folder: Path, tracking: Any, interrupt: Interrupt) -> Iterator[tuple[Any, str]]:
-    """The MLflow run and the path of its view: FINISHED, FAILED or KILLED at the end, whatever happens inside."""
-    from distmaml.tracking.runs import TrackedRun
-    from distmaml.tracking.views import seed_view
-
-    data = build.dataset_record(config)
-    dataset = None if data is None else Dataset(data["name"], data["source"], data["content_hash"], data["split_hash"])
-    run: TrackedRun | None = None
-    try:
-        with interrupt.deferred():
-            run = TrackedRun.start(
-                folder,
-                tracking=tracking,
-                experiment=config.run.experiment or config.recipe,
-                name=config.run.name or "",
-                params=flatten(config),
-                tags={"mlflow.source.type": "JOB" if "RAY_JOB_SUBMISSION_ID" in os.environ else "LOCAL"},
-                dataset=dataset,
-            )
-        quantity = config.evaluation.selection_metric.removeprefix("val/")
-        view: str | None = None
-        if run.experiment_id is not None:
-            view = seed_view(
-                tracking,
-                run.experiment_id,
-                params=["log10_inner_lr", "log10_outer_lr", "num_inner_steps", "meta_batch_size"],
-                best=f"best/{quantity}",
-                test=f"test/{quantity}",
-                curves=["train/query_loss", f"train/{quantity}", f"val/{quantity}"],
-                lower_is_better=config.evaluation.selection_mode == "min",
-            )
-        if run.url:
-            _say(f"MLflow: {run.url}")
-        yield run, view or ""
-    except KeyboardInterrupt:
-        if run is not None:
-            run.end("KILLED", reason="stopped by a signal", timeout=3.0)
-        raise
-    except BaseException as error:
-        if run is not None:
-            run.end("FAILED", reason=first_line(error))
-        raise
-    run.end("FINISHED")
-
-
-def _tell(folder: Path, tracking: Any, step: int, metrics: Mapping[str, float], files: list[Path]) -> None:
-    """Adds to a run that is over, or still going on, without saying that it lives or how it ended."""
-    from distmaml.tracking.uploader import replay
-
-    outbox, now = Outbox(folder), time.time_ns() // 1_000_000
-    if outbox.read_run() is None:
-        return
-    outbox.append_metrics(step, metrics)
-    for file in files:
-        outbox.append("artifact", now, {"file": str(file.relative_to(folder)), "artifact_path": "evaluation"})
-    try:
-        replay(folder, tracking, timeout=LEFT_OVER_SECONDS)
-    except RunError:
-        return  # a driver is busy with the run, and sends this too
-
-
 def _count(number: float, what: str) -> str:
     return f"{number:g} {what}" + ("" if number == 1 else "s")
-
-
-def _say(text: str) -> None:
-    sys.stderr.write(f"{text}\n")
-    sys.stderr.flush()

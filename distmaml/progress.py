@@ -80,3 +80,8 @@ def line(config: Config, progress: Mapping[str, float], first: tuple[float, int]
         left = int((total - step) * seconds / steps)
         words.append(f"{left // 60}:{left % 60:02d} left")
     return "  ".join(words)
+
+
+def say(text: str) -> None:
+    """Tells whoever started the command, on standard error."""
+    print(text, file=sys.stderr, flush=True)

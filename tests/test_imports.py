@@ -25,6 +25,7 @@ LAYERS = [
     ["adapter", "pictures", "recorder", "tracking"],
     ["loop"],
     ["launch", "preflight", "progress", "ray_cluster", "report", "search"],
+    ["experiment"],
     ["driver", "study"],
     ["cli"],
 ]

@@ -1,0 +1,127 @@
+"""A run's place in MLflow, from the driver's side: MLflow opened, the run begun and ended in it, an evaluation added.
+
+mlflow is imported when it is first needed: a mistake on the command line should not cost the second that it takes.
+"""
+
+import os
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from distmaml import build, paths
+from distmaml.config import Config, flatten
+from distmaml.errors import RunError, first_line
+from distmaml.interrupt import Interrupt
+from distmaml.progress import say
+from distmaml.segments import committed_segments
+from distmaml.tracking.outbox import Dataset, Outbox
+
+LEFT_OVER_SECONDS = 20.0
+
+
+def open_tracking(config: Config, *, resuming: Path | None) -> Any:
+    """MLflow, with what earlier commands left to be told to it."""
+    from distmaml.tracking import database
+    from distmaml.tracking.runs import sweep
+    from distmaml.tracking.uploader import replay
+
+    output = paths.output_dir(config.run.output_dir)
+    tracking = database.open_tracking(output, config.run.tracking_uri or _server_of(resuming))
+    sweep(tracking, resuming=resuming)
+    if not tracking.reachable:
+        return tracking
+    deadline = time.monotonic() + LEFT_OVER_SECONDS
+    for folder in sorted((output / "runs").glob("*")):
+        left = deadline - time.monotonic()
+        if folder == resuming or left <= 0 or not _has_unsent(folder, tracking.uri):
+            continue
+        try:
+            if replay(folder, tracking, timeout=left):
+                say(f"MLflow has now got what the run {folder.name} had left to tell it.")
+        except RunError:
+            continue  # its own driver is about to send it
+    return tracking
+
+
+def _server_of(folder: Path | None) -> str | None:
+    """The MLflow server that has a run already: another one would get a second run of the same training."""
+    record = None if folder is None else Outbox(folder).read_run()
+    return record.tracking_uri if record is not None and record.tracking_uri.startswith("http") else None
+
+
+def _has_unsent(folder: Path, tracking_uri: str) -> bool:
+    outbox = Outbox(folder)
+    try:
+        record = outbox.read_run()
+    except RunError:
+        return False
+    if record is None or record.tracking_uri != tracking_uri:
+        return False
+    sent = outbox.read_sent(tracking_uri)
+    if sent is None:
+        return True
+    return bool(committed_segments(outbox.metrics, sent.step)) or any(True for _ in outbox.records(after=sent.outbox))
+
+
+@contextmanager
+def tracked(config: Config, folder: Path, tracking: Any, interrupt: Interrupt) -> Iterator[tuple[Any, str]]:
+    """The MLflow run and the path of its view: FINISHED, FAILED or KILLED at the end, whatever happens inside."""
+    from distmaml.tracking.runs import TrackedRun
+    from distmaml.tracking.views import seed_view
+
+    data = build.dataset_record(config)
+    dataset = None if data is None else Dataset(data["name"], data["source"], data["content_hash"], data["split_hash"])
+    run: TrackedRun | None = None
+    try:
+        with interrupt.deferred():
+            run = TrackedRun.start(
+                folder,
+                tracking=tracking,
+                experiment=config.run.experiment or config.recipe,
+                name=config.run.name or "",
+                params=flatten(config),
+                tags={"mlflow.source.type": "JOB" if "RAY_JOB_SUBMISSION_ID" in os.environ else "LOCAL"},
+                dataset=dataset,
+            )
+        quantity = config.evaluation.selection_metric.removeprefix("val/")
+        view: str | None = None
+        if run.experiment_id is not None:
+            view = seed_view(
+                tracking,
+                run.experiment_id,
+                params=["log10_inner_lr", "log10_outer_lr", "num_inner_steps", "meta_batch_size"],
+                best=f"best/{quantity}",
+                test=f"test/{quantity}",
+                curves=list(dict.fromkeys(["train/query_loss", f"train/{quantity}", f"val/{quantity}"])),
+                lower_is_better=config.evaluation.selection_mode == "min",
+            )
+        if run.url:
+            say(f"MLflow: {run.url}")
+        yield run, view or ""
+    except KeyboardInterrupt:
+        if run is not None:
+            run.end("KILLED", reason="stopped by a signal", timeout=3.0)
+        raise
+    except BaseException as error:
+        if run is not None:
+            run.end("FAILED", reason=first_line(error))
+        raise
+    run.end("FINISHED")
+
+
+def add_evaluation(folder: Path, tracking: Any, step: int, metrics: Mapping[str, float], files: list[Path]) -> None:
+    """Adds to a run that is over, or still going on, without saying that it lives or how it ended."""
+    from distmaml.tracking.uploader import replay
+
+    outbox, now = Outbox(folder), time.time_ns() // 1_000_000
+    if outbox.read_run() is None:
+        return
+    outbox.append_metrics(step, metrics)
+    for file in files:
+        outbox.append("artifact", now, {"file": str(file.relative_to(folder)), "artifact_path": "evaluation"})
+    try:
+        replay(folder, tracking, timeout=LEFT_OVER_SECONDS)
+    except RunError:
+        return  # a driver is busy with the run, and sends this too
