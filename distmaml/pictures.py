@@ -55,12 +55,20 @@ def learning_curve(path: Path, points: Mapping[str, tuple[Sequence[int], Sequenc
     for axes, (quantity, curves) in zip(all_axes, panels.items(), strict=True):
         for key, (steps, values) in curves.items():
             axes.plot(steps, values, **_curve_style(key, len(steps)))
+        if _has_outliers(np.concatenate([values for _, values in curves.values()])):
+            axes.set_yscale("log")
         axes.set_xlabel("Outer step")
         axes.set_ylabel(_axis_label(quantity))
     _mark_best(all_axes, panels)
     for axes in all_axes:
         _legend(axes)
     _save(figure, path)
+
+
+def _has_outliers(values: Array) -> bool:
+    """Whether a few values, such as the loss of a validation that diverged, would press all others onto the axis."""
+    found = values[np.isfinite(values)]
+    return bool(len(found)) and found.min() > 0 and found.max() > 100 * np.median(found)
 
 
 def adaptation_curve(

@@ -89,6 +89,21 @@ def test_the_best_validation_is_marked_and_missing_values_are_none(tmp_path: Pat
     assert count(tmp_path / "both.png", (0x22, 0x22, 0x22)) > count(tmp_path / "loss.png", (0x22, 0x22, 0x22)) + 300
 
 
+def test_one_validation_that_diverged_does_not_press_the_others_onto_the_axis(tmp_path: Path) -> None:
+    """The curve of the training keeps its slope: it is seen at many heights, as without the outlier."""
+    steps = list(range(1, 101))
+    training = [4.0 / step for step in steps]
+
+    def heights(validation: list[float]) -> int:
+        points = {"train/query_loss": (steps, training), "val/query_loss": ([50, 80, 100], validation)}
+        learning_curve(tmp_path / "curve.png", points, title="Run")
+        image = pixels(tmp_path / "curve.png").astype(int)
+        blue = (image[:, :, 2] - image[:, :, 0] > 60)[:, : image.shape[1] // 3]
+        return int(blue.any(1).sum())
+
+    assert heights([0.1, 1e6, 0.1]) > 0.1 * heights([0.1, 0.1, 0.1])
+
+
 def test_a_run_without_points_has_no_learning_curve(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="at least one point"):
         learning_curve(tmp_path / "none.png", {"train/query_loss": ([], [])}, title="Run")
