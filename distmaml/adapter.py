@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from distmaml import build, checkpoint
 from distmaml.algorithms import Algorithm
-from distmaml.config import Config, ImageTasks, from_json, is_custom
+from distmaml.config import Config, ImageTasks, check, from_json, is_custom
 from distmaml.datasets.images import read_image
 from distmaml.episodes import Batch
 from distmaml.errors import CheckpointError, ConfigError, DataError, first_line
@@ -180,8 +180,11 @@ def load(
         config = from_json(document["config"])
         shapes = build.Shapes(tuple(document["shapes"]["input_shape"]), document["shapes"]["num_outputs"])
         ink = bool((document["dataset"] or {}).get("ink", False))
-    except (KeyError, TypeError) as error:
-        raise CheckpointError(f"{file} is no model: {error} is missing from its header.") from None
+        check(config)
+        if not all(type(size) is int and size > 0 for size in (*shapes.input_shape, shapes.num_outputs)):
+            raise ConfigError(f"the shapes {list(shapes.input_shape)} and {shapes.num_outputs} are none.")
+    except (KeyError, TypeError, AttributeError, ConfigError) as error:
+        raise CheckpointError(f"{file} is no model that this version can read: {error!r} in its header.") from None
     given = {"model": model, "objective": objective, "algorithm": algorithm}
     foreign = {kind: getattr(config, kind) for kind, own in given.items() if own is None}
     foreign = {kind: name for kind, name in foreign.items() if is_custom(name)}
@@ -191,9 +194,12 @@ def load(
             f"yourself by load(path, {', '.join(f'{kind}=...' for kind in foreign)})."
         )
     module = model() if model else None
-    learner = build.learner(
-        config, shapes, torch.device("cpu"), module=module, objective=objective, algorithm=algorithm
-    )
+    try:
+        learner = build.learner(
+            config, shapes, torch.device("cpu"), module=module, objective=objective, algorithm=algorithm
+        )
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise CheckpointError(f"{file} does not fit its own configuration: {first_line(error)}.") from error
     names = tree_names(learner.meta_params)
     expected = dict(zip(names, tree_leaves(learner.meta_params), strict=True))
     wrong = [name for name in {*expected, *tensors} if name not in expected or name not in tensors

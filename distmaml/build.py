@@ -3,6 +3,7 @@
 import importlib
 import os
 import sys
+import traceback
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from typing import Any, NamedTuple
@@ -12,10 +13,10 @@ from torch import nn
 
 from distmaml import paths
 from distmaml.algorithms import ALGORITHMS, Algorithm, MetaParams
-from distmaml.config import Config, ImageTasks, is_custom
+from distmaml.config import Config, ImageTasks, is_custom, is_store
 from distmaml.datasets import ensure_store
 from distmaml.episodes import SPLITS, TaskDistribution
-from distmaml.errors import ConfigError, unknown
+from distmaml.errors import ConfigError, first_line, unknown
 from distmaml.models import MODELS
 from distmaml.objectives import Objective, initial_params
 from distmaml.store import ClassStore, open_store
@@ -128,7 +129,7 @@ def store(config: Config) -> ClassStore | None:
     options = config.task_options
     if not isinstance(options, ImageTasks):
         return None
-    if options.dataset.endswith(".arrow"):
+    if is_store(options.dataset):
         return open_store(options.dataset)
     path = ensure_store(
         options.dataset,
@@ -168,7 +169,7 @@ def resolve(kind: str, name: str, table: Mapping[str, str]) -> Any:
         return import_attribute(table[name])
     if is_custom(name):
         return import_attribute(name)
-    raise ConfigError(unknown(kind, name, table))
+    raise ConfigError(f"{unknown(kind, name, table)} Your own is named package.module:attribute.")
 
 
 def import_attribute(path: str) -> Any:
@@ -177,13 +178,22 @@ def import_attribute(path: str) -> Any:
     if os.getcwd() not in sys.path:
         sys.path.append(os.getcwd())
     try:
-        return getattr(importlib.import_module(module_name), attribute)
+        module = importlib.import_module(module_name)
     except ImportError as error:
         raise ConfigError(
             f"{path!r} cannot be imported ({error}). Run from the folder that holds its package, or install it."
         ) from error
-    except AttributeError:
-        raise ConfigError(f"module {module_name!r} has no attribute {attribute!r}.") from None
+    except (Exception, SystemExit) as error:  # whatever a user's module does when it is imported
+        raise ConfigError(f"{path!r} cannot be imported: {described(error)}.") from error
+    if not hasattr(module, attribute):
+        raise ConfigError(f"module {module_name!r} has no attribute {attribute!r}.")
+    return getattr(module, attribute)
+
+
+def described(error: BaseException) -> str:
+    """What was raised, and where: for errors out of a user's own code."""
+    place = traceback.extract_tb(error.__traceback__)[-1]
+    return f"{type(error).__name__}: {first_line(error)} ({place.filename}, line {place.lineno})"
 
 
 def _module(config: Config, shapes: Shapes) -> nn.Module:

@@ -46,9 +46,9 @@ def load(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
             document = json.loads((file.metadata() or {}).get("distmaml", "null"))
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
     except FileNotFoundError:
-        raise CheckpointError(f"there is no file {path}.") from None
+        raise CheckpointError(f"there is no file {path}. Check the name.") from None
     except (safetensors.SafetensorError, OSError, ValueError) as error:
-        raise CheckpointError(f"{path} is damaged or not a safetensors file ({error}). Take an older one.") from error
+        raise CheckpointError(f"{path} is damaged or not a safetensors file ({error}). Take another one.") from error
     if not isinstance(document, dict) or "format" not in document:
         raise CheckpointError(f"{path} was not written by distmaml: its header has no distmaml document.")
     if document["format"] != FORMAT:

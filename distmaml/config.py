@@ -272,6 +272,11 @@ def is_custom(name: str) -> bool:
     return ":" in name and "://" not in name
 
 
+def is_store(dataset: str) -> bool:
+    """Whether a data set's name is the path or the URI of a ready store."""
+    return dataset.partition("?")[0].endswith(".arrow")
+
+
 def flatten(config: Any) -> dict[str, Any]:
     """All fields of a dataclass tree under their own names; the groups themselves are left out."""
     flat: dict[str, Any] = {}
@@ -305,7 +310,7 @@ def override(config: Config, values: Mapping[str, Any]) -> Config:
 def _select(config: Config, selector: str, name: str, table: dict[str, type], custom: type) -> Config:
     group = {"algorithm": "algorithm_options", "model": "model_options", "tasks": "task_options"}[selector]
     if not is_custom(name) and name not in table:
-        raise ConfigError(unknown(selector, name, table))
+        raise ConfigError(f"{unknown(selector, name, table)} Your own is named package.module:attribute.")
     kind = custom if is_custom(name) else table[name]
     old = getattr(config, group)
     shared = {f.name: getattr(old, f.name) for f in dataclasses.fields(kind) if hasattr(old, f.name)}
@@ -404,7 +409,10 @@ def read(file: Path) -> Config:
         raise ConfigError(f"{file} cannot be read ({error}). Take another run.") from error
     if not isinstance(values, dict):
         raise ConfigError(f"{file} is damaged: it holds no configuration. Take another run.")
-    return from_json(values)
+    try:
+        return from_json(values)
+    except ConfigError as error:
+        raise ConfigError(f"{file} is of another version of distmaml, or damaged: {error} Take another run.") from error
 
 
 _POSITIVE = {
@@ -413,6 +421,7 @@ _POSITIVE = {
     "checkpoint_every", "num_val_episodes", "patience",
 }  # fmt: skip
 _NOT_NEGATIVE = {"val_every", "num_test_episodes", "weight_decay", "max_failures", "seed"}
+MOST_INNER_STEPS = 10_000
 _POSITIVE_RATES = {"inner_lr", "outer_lr", "clip_norm", "gpus_per_worker"}
 
 
@@ -432,6 +441,9 @@ def check(config: Config) -> None:
             raise ConfigError(f"{name}={value} must be 0 or more.")
         if name in _POSITIVE_RATES and not (value > 0 and math.isfinite(value)):
             raise ConfigError(f"{name}={value} must be greater than 0 and finite.")
+    for name in ("num_inner_steps", "num_eval_steps"):
+        if flat.get(name, 1) > MOST_INNER_STEPS:
+            raise ConfigError(f"{name}={flat[name]} must be {MOST_INNER_STEPS} or less.")
     if flat.get("num_ways", 2) < 2:
         raise ConfigError("num_ways=1 leaves nothing to tell apart; it must be 2 or more.")
     if not 0 <= config.outer.final_lr_fraction <= 1:
@@ -446,7 +458,15 @@ def check(config: Config) -> None:
     for selector, (table, _) in OPTIONS.items():
         name = getattr(config, selector)
         if not is_custom(name) and name not in table:
-            raise ConfigError(unknown(selector, name, table))
+            raise ConfigError(f"{unknown(selector, name, table)} Your own is named package.module:attribute.")
+    dataset = str(flat.get("dataset", ""))
+    if "://" in dataset and "@" in dataset.partition("://")[2].partition("/")[0]:
+        raise ConfigError(
+            "dataset is a URI that holds a key, which would be written into every run. Leave it out of the URI and set "
+            "AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or their like."
+        )
+    if config.evaluation.patience is not None and not config.evaluation.val_every:
+        raise ConfigError(f"patience={config.evaluation.patience} counts validations, and val_every=0 asks for none.")
     if config.evaluation.num_test_episodes == 1:
         raise ConfigError("num_test_episodes=1 gives no interval; take 2 or more, or 0 for no test.")
     if config.outer.seed >= 2**63:
@@ -454,7 +474,7 @@ def check(config: Config) -> None:
     if config.cluster.gpus_per_worker > 1 and config.cluster.gpus_per_worker % 1:
         raise ConfigError(f"gpus_per_worker={config.cluster.gpus_per_worker} must be whole, or a fraction of one.")
     run_name = config.run.name
-    if run_name is not None and len(run_name) > 100:
-        raise ConfigError(f"name={run_name[:20]!r}... has {len(run_name)} characters; 100 are allowed.")
+    if run_name is not None and len(run_name.encode(errors="surrogateescape")) > 100:
+        raise ConfigError(f"name={run_name[:20]!r}... is longer than the 100 bytes that are allowed.")
     if run_name is not None and (not run_name.strip(".") or not all(c.isalnum() or c in "._-" for c in run_name)):
         raise ConfigError(f"name={run_name!r} may hold only letters, digits, '.', '_' and '-', and not only dots.")

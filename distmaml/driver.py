@@ -13,6 +13,7 @@ import torch
 
 from distmaml import build, checkpoint, experiment, launch, loop, paths, preflight, ray_cluster, report
 from distmaml.config import Config, check, to_json
+from distmaml.errors import ConfigError
 from distmaml.files import write_text
 from distmaml.interrupt import Interrupt, interruptible
 from distmaml.progress import Progress, say
@@ -50,8 +51,8 @@ def _train(config: Config, interrupt: Interrupt) -> Outcome:
     check(config)
     folder, name = paths.run_folder(config), config.run.name or ""
     output = paths.output_dir(config.run.output_dir)
-    (preflight.check_resumable if config.run.resume else preflight.check_new)(config, folder)
     preflight.check_output(output)
+    (preflight.check_resumable if config.run.resume else preflight.check_new)(config, folder)
     ray_cluster.check_address(config.cluster.address)
     preflight.rehearse(config, local=ray_cluster.is_local(config.cluster.address))
     tracking = experiment.open_tracking(config, resuming=folder if config.run.resume else None)
@@ -104,6 +105,11 @@ def evaluate(config: Config, *, split: str, step: int | None) -> dict[str, Any]:
         config = preflight.named(config)
         check(config)
         folder = paths.run_folder(config)
+        known = checkpoint.steps(paths.checkpoints(folder))
+        if step is not None and step not in known:
+            raise ConfigError(
+                f"step={step} has no checkpoint; there are those of {', '.join(map(str, known)) or 'none'}."
+            )
         file = paths.model(folder) if step is None else checkpoint.path_of(paths.checkpoints(folder), step)
         check_data(checkpoint.load(file)[1], config)
         opened = build.store(config)

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
 
-from distmaml.errors import RunError
+from distmaml.errors import RunError, first_line
 
 
 @contextlib.contextmanager
@@ -47,6 +47,18 @@ def disk_errors(path: Path) -> Iterator[None]:
         ) from error
 
 
+def absolute(path: Path) -> Path:
+    """The path from the root on, with ``~`` and ``~user`` spelled out.
+
+    Raises:
+      RunError: there is no such user.
+    """
+    try:
+        return path.expanduser().absolute()
+    except RuntimeError as error:
+        raise RunError(f"{path}: {first_line(error)}. Write the folder out.") from None
+
+
 def write_text(path: Path, text: str) -> None:
     """Replaces a text file as a whole.
 
@@ -54,4 +66,4 @@ def write_text(path: Path, text: str) -> None:
       RunError: a full disk, a folder that cannot be written.
     """
     with disk_errors(path), atomic_file(path) as file:
-        file.write(text.encode())
+        file.write(text.encode(errors="surrogateescape"))  # the name of a file need not be Unicode

@@ -17,11 +17,12 @@ from pathlib import Path
 
 from distmaml.config import Config
 from distmaml.errors import RunError
+from distmaml.files import absolute
 
 
 def output_dir(explicit: Path | None) -> Path:
     """The absolute output folder: the one named, else $DISTMAML_HOME, else ~/distmaml."""
-    return (explicit or Path(os.environ.get("DISTMAML_HOME") or Path.home() / "distmaml")).expanduser().absolute()
+    return absolute(explicit or Path(os.environ.get("DISTMAML_HOME") or Path.home() / "distmaml"))
 
 
 def run_folder(config: Config) -> Path:

@@ -1,6 +1,7 @@
 """Everything about a training run that can be known to be wrong before a cluster is started."""
 
 import logging
+import os
 import shutil
 import time
 from collections.abc import Iterator
@@ -11,15 +12,17 @@ from pathlib import Path
 import torch
 
 from distmaml import build, checkpoint, paths
-from distmaml.config import Config, ImageTasks, changes, read, to_json
-from distmaml.errors import ConfigError, RunError, first_line
-from distmaml.files import write_text
+from distmaml.config import Config, ImageTasks, changes, is_store, read, to_json
+from distmaml.errors import ConfigError, DistmamlError, RunError, first_line
+from distmaml.files import absolute, write_text
 from distmaml.outer import chunk_sum, init_outer, load_named_state
 from distmaml.recorder import check_origin
 from distmaml.tracking.outbox import Outbox
 from distmaml.trees import Tree, tree_to
 
 LEAST_BYTES = 100 * 2**20
+WORKERS_A_CORE = 8
+"""On a machine of one's own, workers may share a core, to try things out; each takes some 400 MB."""
 
 
 def named(config: Config) -> Config:
@@ -37,10 +40,24 @@ def named(config: Config) -> Config:
     options = config.task_options
     if isinstance(options, ImageTasks):
         if options.data_dir is not None:
-            options = replace(options, data_dir=options.data_dir.expanduser().absolute())
-        if options.dataset.endswith(".arrow") and "://" not in options.dataset:
-            options = replace(options, dataset=str(Path(options.dataset).expanduser().absolute()))
+            options = replace(options, data_dir=absolute(options.data_dir))
+        if is_store(options.dataset) and "://" not in options.dataset:
+            options = replace(options, dataset=str(absolute(Path(options.dataset))))
     return replace(config, task_options=options)
+
+
+def settings_of(name: str, output_dir: Path | None) -> Config:
+    """The configuration of a run that is there.
+
+    Raises:
+      RunError: it is not; the message names those that are.
+      ConfigError: its configuration is damaged.
+    """
+    runs = paths.output_dir(output_dir) / "runs"
+    known = sorted(path.parent.name for path in runs.glob("*/config.json"))
+    if name not in known:
+        raise RunError(f"there is no run named {name!r} in {runs}. There are: {', '.join(known) or 'none'}.")
+    return read(runs / name / "config.json")
 
 
 def check_output(folder: Path) -> None:
@@ -164,29 +181,41 @@ def rehearse(config: Config, *, local: bool) -> None:
         raise ConfigError(
             "use_gpu='yes', but torch finds no GPU on this machine. Take --use-gpu auto, or name a cluster."
         )
-    opened = build.store(config)
-    if opened is not None:
-        opened.verify()
-    tasks = build.task_distributions(config)
+    most = WORKERS_A_CORE * (os.cpu_count() or 1)
+    if local and config.cluster.num_workers > most:
+        raise ConfigError(
+            f"num_workers={config.cluster.num_workers} is more than this machine can carry: {most} at most, and "
+            f"{os.cpu_count()} are as fast. Lower it, or name a cluster by --address."
+        )
     device, dtype = torch.device("cpu"), getattr(torch, config.outer.precision)
     try:
+        opened = build.store(config)
+        if opened is not None:
+            opened.verify()
+        tasks = build.task_distributions(config)
         learner = build.learner(config, build.shapes(tasks["train"]), device)
         one = tree_to(tasks["train"].sample([0]), device, dtype)
         with _quietly():
             chunk_sum(learner.algorithm, learner.meta_params, one, 0, vectorize=learner.vectorize)
         if config.run.resume:
             _check_restorable(config, learner.meta_params)
-    except (RuntimeError, TypeError, ValueError, IndexError) as error:
+    except DistmamlError:
+        raise
+    except Exception as error:  # whatever a user's own code raises
+        if "allocate memory" in str(error) or isinstance(error, MemoryError):
+            raise ConfigError(
+                f"the memory of this machine does not suffice for one task ({first_line(error)})."
+            ) from error
         raise ConfigError(
             f"model={config.model!r} does not get along with tasks={config.tasks!r} and objective={config.objective!r}"
-            f": {first_line(error)}"
+            f": {build.described(error)}."
         ) from error
-    judged = {f"val/query_{name}" for name in ("loss", *learner.objective.metrics)}
-    judged |= {f"{name}_step_{k}" for name in judged for k in range(config.evaluation.num_eval_steps + 1)}
-    if config.evaluation.selection_metric not in judged:
+    judged = sorted(f"val/query_{name}" for name in ("loss", *learner.objective.metrics))
+    metric, _, step = config.evaluation.selection_metric.partition("_step_")
+    if metric not in judged or (step and not (step.isdecimal() and int(step) <= config.evaluation.num_eval_steps)):
         raise ConfigError(
             f"selection_metric={config.evaluation.selection_metric!r} is not among the metrics of this run: "
-            f"{', '.join(sorted(name for name in judged if '_step_' not in name))}."
+            f"{', '.join(judged)}, each also with _step_0 to _step_{config.evaluation.num_eval_steps} behind it."
         )
 
 

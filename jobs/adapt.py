@@ -12,8 +12,8 @@ from distmaml import cli
 from distmaml.adapter import load
 from distmaml.datasets.images import folders_in, pictures_in
 from distmaml.episodes import Batch
-from distmaml.errors import DataError
-from distmaml.files import write_text
+from distmaml.errors import DataError, RunError
+from distmaml.files import absolute, write_text
 
 
 def main(model: Path, support: Path, query: Path, output: Path = Path("predictions.csv")) -> None:
@@ -25,6 +25,9 @@ def main(model: Path, support: Path, query: Path, output: Path = Path("predictio
       query: folder with the pictures to be labelled, or one picture.
       output: CSV file with the probability of each label for each picture.
     """
+    output = absolute(output)
+    if output.is_dir() or not output.parent.is_dir():
+        raise RunError(f"--output {output} cannot be written: it is a folder, or lies in none. Name a file.")
     if not support.is_dir():
         raise DataError(f"--support {support} is not a folder.")
     learner = load(model)

@@ -6,8 +6,8 @@ from typing import Literal
 
 import tyro
 
-from distmaml import cli, config, driver, paths, report
-from distmaml.errors import ConfigError, RunError
+from distmaml import cli, config, driver, preflight, report
+from distmaml.errors import ConfigError
 
 
 def main(
@@ -38,14 +38,8 @@ def main(
       use_gpu: use GPUs if the cluster has any, or always, or never.
       tracking_uri: MLflow server; the one that has the run by default.
     """
-    folder = paths.output_dir(output_dir) / "runs" / run
-    file = folder / "config.json"
-    if not file.exists():
-        known = sorted(path.parent.name for path in folder.parent.glob("*/config.json"))
-        raise RunError(f"there is no run named {run!r} in {folder.parent}. There are: {', '.join(known) or 'none'}.")
     if num_episodes is not None and num_episodes < 2:
         raise ConfigError(f"--num-episodes {num_episodes} gives no interval; take 2 or more.")
-    settings = config.read(file)
     wanted = {
         "num_val_episodes" if split == "val" else "num_test_episodes": num_episodes,
         "num_eval_steps": num_eval_steps,
@@ -53,9 +47,8 @@ def main(
         "data_dir": data_dir,
     }
     here = {"name": run, "output_dir": output_dir, "address": address, "use_gpu": use_gpu, "tracking_uri": tracking_uri}
-    settings = config.override(
-        settings, {**{name: value for name, value in wanted.items() if value is not None}, **here}
-    )
+    wanted = {name: value for name, value in wanted.items() if value is not None}
+    settings = config.override(preflight.settings_of(run, output_dir), {**wanted, **here})
     found = driver.evaluate(settings, split=split, step=step)
     data = report.data_of(settings, split)
     print(f"{run} after {found['step']} outer steps, {found['num_episodes']} episodes of {data}:")

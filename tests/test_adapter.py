@@ -192,8 +192,28 @@ def test_tensors_that_do_not_fit_the_configuration_are_named(file: Path, tmp_pat
 
 
 def test_an_option_that_does_not_exist_is_refused(file: Path, tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="unknown option 'num_wayz'"):
+    with pytest.raises(CheckpointError, match="unknown option 'num_wayz'"):
         adapter.load(rewritten(file, tmp_path / "x.safetensors", num_wayz=3))
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"shapes": {"input_shape": [1, 8, 8], "num_outputs": "x"}},
+        {"shapes": {"input_shape": [1, 8, 8], "num_outputs": -1}},
+        {"shapes": {"input_shape": [1], "num_outputs": 3}},
+        {"shapes": None},
+        {"config": [1, 2]},
+        {"config": {"num_filters": -4}},
+        {"dataset": 3},
+    ],
+    ids=str,
+)
+def test_a_header_that_describes_no_model_is_refused(file: Path, tmp_path: Path, changes: dict[str, Any]) -> None:
+    tensors, document = checkpoint.load(file)
+    checkpoint.save(tmp_path / "x.safetensors", tensors, {**document, **changes})
+    with pytest.raises(CheckpointError, match=r"x\.safetensors (is no model|does not fit)"):
+        adapter.load(tmp_path / "x.safetensors")
 
 
 def test_a_fresh_process_needs_neither_ray_nor_mlflow_nor_the_data(file: Path, tmp_path: Path) -> None:

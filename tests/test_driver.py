@@ -151,6 +151,8 @@ def test_an_evaluation_joins_the_run_that_it_is_about(output_dir: Path) -> None:
     stem = f"evaluation-test-6-episodes-{config.evaluation.num_eval_steps}-steps-at-2"
     assert found["step"] == 2
     assert found["num_episodes"] == 6
+    with pytest.raises(ConfigError, match=r"step=77 has no checkpoint; there are those of 2, 4\."):
+        driver.evaluate(config, split="test", step=77)
     assert [file.name for file in found["files"]] == [f"{stem}.json", f"{stem}.csv"]
     (run,) = mlflow_runs(output_dir)
     assert run.info.status == "FINISHED"
@@ -320,7 +322,19 @@ def test_a_run_without_mlflow_ends_well(output_dir: Path, monkeypatch: pytest.Mo
         ({"address": "127.0.0.1:9"}, ClusterError, "no Ray cluster at 127.0.0.1:9"),
         ({"use_gpu": "yes"}, ConfigError, "no GPU on this machine"),
         ({"tracking_uri": "postgresql://db"}, TrackingError, "is not the address of an MLflow server"),
+        ({"tracking_uri": "http://[::1"}, TrackingError, "is not the address of an MLflow server"),
+        ({"tracking_uri": "http://host:99999999"}, TrackingError, "is not the address of an MLflow server"),
         ({"name": "a/b"}, ConfigError, "may hold only letters"),
+        ({"name": "\u6f22" * 50}, ConfigError, "longer than the 100 bytes"),
+        ({"num_workers": 100_000}, ConfigError, r"num_workers=100000 is more than this machine can carry: \d+"),
+        ({"num_inner_steps": 10**8}, ConfigError, "num_inner_steps=100000000 must be 10000 or less"),
+        ({"num_eval_steps": 10**8}, ConfigError, "num_eval_steps=100000000 must be 10000 or less"),
+        ({"selection_metric": "val/query_loss_step_2"}, ConfigError, "each also with _step_0 to _step_1"),
+        ({"patience": 3, "val_every": 0}, ConfigError, "patience=3 counts validations"),
+        ({"dataset": "s3://key:secret@b/x.arrow?scheme=http"}, ConfigError, "holds a key.*AWS_ACCESS_KEY_ID"),
+        ({"dataset": "omniglott"}, ConfigError, r"did you mean 'omniglot'.*\.arrow.*package\.module:attribute"),
+        ({"output_dir": Path("~nosuchuser/x")}, RunError, "~nosuchuser/x: Could not determine home directory"),
+        ({"data_dir": Path("~nosuchuser/x")}, RunError, "~nosuchuser/x: Could not determine home directory"),
         ({"resume": True}, RunError, "no run named 'glyphs'"),
         ({"resume": True, "name": None}, ConfigError, "--resume needs the --name"),
     ],
@@ -330,8 +344,9 @@ def test_what_can_be_known_before_is_said_before_a_cluster_starts(
 ) -> None:
     if values.get("use_gpu") == "yes" and torch.cuda.is_available():
         pytest.skip("this machine has a GPU")
-    with pytest.raises(error, match=message):
-        driver.train(glyphs(output_dir, **values))
+    with pytest.raises(error, match=message) as caught:
+        driver.train(override(glyphs(output_dir), values))
+    assert "secret" not in str(caught.value)
     assert not (output_dir / "runs" / "glyphs" / "config.json").exists(), "another try may take the name"
     assert not mlflow_runs(output_dir)
 

@@ -9,8 +9,9 @@ from typing import Any
 import pytest
 import torch
 
-from distmaml import adapter, loop, paths
+from distmaml import adapter, loop, paths, preflight
 from distmaml.config import Config, check
+from distmaml.datasets import ensure_store
 from distmaml.episodes import Batch
 from distmaml.errors import ConfigError
 from distmaml.worker import LocalWorker
@@ -74,6 +75,42 @@ def test_the_result_is_loaded_with_the_users_code_in_hand_and_never_by_its_name(
 def test_a_name_that_leads_nowhere_is_refused(package: str, tmp_path: Path, name: str, said: str) -> None:
     with pytest.raises(ConfigError, match=said):
         loop.train(settings(tmp_path, package, model=name), LocalWorker())
+
+
+@pytest.mark.parametrize(
+    ("code", "changes", "said"),
+    [
+        ("def f(:", {"model": "theirs:f"}, r"'theirs:f' cannot be imported: SyntaxError"),
+        ("import sys; sys.exit('no')", {"model": "theirs:f"}, r"SystemExit: no \(.*theirs\.py, line 1\)"),
+        ("None.x", {"model": "theirs:f"}, r"cannot be imported: AttributeError: .*theirs\.py, line 1"),
+        ("def f(**_): return {}['a']", {"model": "theirs:f"}, r"KeyError: 'a' \(.*theirs\.py, line 1\)"),
+        ("def f(**_): return {}['a']", {"tasks": "theirs:f"}, r"KeyError: 'a' \(.*theirs\.py, line 1\)"),
+        ("def f(**_): return None", {"tasks": "theirs:f"}, r"AttributeError: 'NoneType' object has no"),
+        ("def f(module): assert False, 'never'", {"objective": "theirs:f"}, r"AssertionError: never \(.*theirs\.py"),
+    ],
+)  # fmt: skip
+def test_a_mistake_in_the_users_code_is_one_line_that_says_where(
+    package: str, tmp_path: Path, code: str, changes: dict[str, Any], said: str
+) -> None:
+    (tmp_path / "theirs.py").write_text(code)
+    try:
+        with pytest.raises(ConfigError, match=said):
+            preflight.rehearse(settings(tmp_path, package, **changes), local=True)
+    finally:
+        sys.modules.pop("theirs", None)
+
+
+def test_a_builder_that_dies_midway_leaves_no_store(tmp_path: Path) -> None:
+    def half(path: Path, **_: Any) -> None:
+        path.write_bytes(b"ARROW1")
+        raise OSError("the network is gone")
+
+    for _ in range(2):
+        with pytest.raises(OSError, match="the network is gone"):
+            ensure_store(
+                "their:half", data_dir=None, image_size=8, color=False, stores_dir=tmp_path, builder=half,  # type: ignore[arg-type]
+            )  # fmt: skip
+    assert [file.suffix for file in tmp_path.iterdir()] == [".lock"]
 
 
 def test_a_factory_that_returns_no_module_is_refused(package: str, tmp_path: Path) -> None:

@@ -63,11 +63,15 @@ def ensure_store(
     """
     if builder is None:
         if dataset not in DATASETS:
-            raise ConfigError(unknown("dataset", dataset, DATASETS))
+            raise ConfigError(
+                f"{unknown('dataset', dataset, DATASETS)} A ready store's path or URI ends in .arrow; your own data "
+                "set is named package.module:attribute."
+            )
         builder = DATASETS[dataset]
     if not 1 <= image_size <= MAX_IMAGE_SIZE:
         raise ConfigError(f"image_size={image_size} must lie in [1, {MAX_IMAGE_SIZE}].")
-    if data_dir is not None and data_dir in stores_dir.parents and dataset not in _FIXED_CONTENT:
+    inside = data_dir is not None and data_dir.resolve() in stores_dir.resolve().parents
+    if inside and dataset not in _FIXED_CONTENT:
         raise ConfigError(
             f"the output folder {stores_dir.parent} lies in the data folder {data_dir} and would be read as a class. "
             "Name another --output-dir."
@@ -82,7 +86,12 @@ def ensure_store(
     try:
         if rebuild or not path.exists():
             download_dir = stores_dir.parent / "downloads"
-            builder(path, data_dir=data_dir, image_size=image_size, color=color, download_dir=download_dir)
+            part = path.with_name(f".{path.name}.part")  # a builder of one's own need not be as careful as write_store
+            try:
+                builder(part, data_dir=data_dir, image_size=image_size, color=color, download_dir=download_dir)
+                part.replace(path)
+            finally:
+                part.unlink(missing_ok=True)
     finally:
         lock.release()
     return path
@@ -113,4 +122,6 @@ def _listing(folder: Path) -> Iterator[str]:
                 status = entry.stat()
                 yield f"{entry.name}\0{status.st_size}\0{status.st_mtime_ns}\n"
     except OSError as error:
-        raise DataError(f"cannot list {folder}: {error.strerror or error}. Check --data-dir.") from error
+        raise DataError(
+            f"cannot list {error.filename or folder}: {error.strerror or error}. Check --data-dir."
+        ) from error

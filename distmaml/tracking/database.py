@@ -62,8 +62,12 @@ def open_tracking(output_dir: Path, tracking_uri: str | None = None) -> Tracking
     if uri == f"sqlite:///{database}":
         _ensure_database(database, _artifact_root(database))
         return Tracking(uri, _artifact_root(database))
-    parts = urlsplit(uri)
-    if parts.scheme not in ("http", "https") or not parts.hostname:
+    try:
+        parts = urlsplit(uri)
+        usable = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
+    except ValueError:  # a port or an IPv6 address that is none
+        usable = False
+    if not usable:
         raise TrackingError(
             f"tracking_uri={_without_password(uri)!r} is not the address of an MLflow server (http://host:5000). Start "
             "one over that database (mlflow server --backend-store-uri ...) and give its address, or give none for "

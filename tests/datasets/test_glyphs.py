@@ -53,7 +53,8 @@ def test_the_job_ends_with_status_2_and_one_line_on_an_error(tmp_path: Path) -> 
     answer = run_job("glyfs", output_dir=tmp_path)
     assert answer.returncode == 2
     assert answer.stderr == (
-        "error: unknown dataset 'glyfs'; did you mean 'glyphs'? Known: glyphs, image_folder, omniglot.\n"
+        "error: unknown dataset 'glyfs'; did you mean 'glyphs'? Known: glyphs, image_folder, omniglot. A ready store's "
+        "path or URI ends in .arrow; your own data set is named package.module:attribute.\n"
     )
 
 
