@@ -1,11 +1,15 @@
 """The training loop beside the bare meta-gradient, and two workers beside one, as ratios within one run.
 
+Two bare processes that have nothing to do with each other say what a second core of the machine is worth: cores share
+their memory and their clock.
+
     python -m benchmarks.pipeline --recipe omniglot-maml-5w1s --output-dir DIR
 
 Each round trains a few outer steps in fresh processes of one thread, interleaved, so that what else the machine does
 meets all of them alike; the medians over the rounds are printed and written as JSON.
 """
 
+import contextlib
 import json
 import multiprocessing
 import os
@@ -55,7 +59,7 @@ def bare(config: Config, rank: int, world_size: int, meeting: str, answer: Conne
         for batch in batches:
             chunk_sum(learner.algorithm, learner.meta_params, batch, step, vectorize=learner.vectorize)
         rates.append(size / (time.perf_counter() - begun))
-    answer.send(statistics.median(rates[2:]))
+    answer.send((rank, statistics.median(rates[2:])))
 
 
 def trained(config: Config, rank: int, world_size: int, meeting: str, answer: Connection) -> None:
@@ -68,13 +72,13 @@ def trained(config: Config, rank: int, world_size: int, meeting: str, answer: Co
     if rank == 0:
         segments = committed_segments(paths.metrics(paths.run_folder(config)), -1)
         points = [point for segment in segments for point in read_points(segment)]
-        answer.send(statistics.median([point.values["system/tasks_per_second"] for point in points[2:]]))
+        answer.send((rank, statistics.median([point.values["system/tasks_per_second"] for point in points[2:]])))
     if world_size > 1:
         dist.destroy_process_group()
 
 
 def measure(function: object, config: Config, world_size: int) -> float:
-    """Runs a function in `world_size` fresh processes; returns what rank 0 sends."""
+    """Runs a function in `world_size` fresh processes; returns the sum of what they send."""
     context = multiprocessing.get_context("spawn")
     receive, send = context.Pipe(duplex=False)
     with tempfile.TemporaryDirectory() as folder:
@@ -85,10 +89,16 @@ def measure(function: object, config: Config, world_size: int) -> float:
         for worker in workers:
             worker.start()
         send.close()  # so that a worker that dies is an end of file here, and not a wait for ever
-        rate = float(receive.recv())
+        rates: dict[int, float] = {}
+        with contextlib.suppress(EOFError):  # all have ended
+            while True:
+                rank, rate = receive.recv()
+                rates[rank] = rate
         for worker in workers:
             worker.join()
-    return rate
+    if not rates or any(worker.exitcode for worker in workers):
+        raise SystemExit(f"a worker of {config.run.name} failed; what it said stands above.")
+    return sum(rates.values())
 
 
 def main(
@@ -109,21 +119,26 @@ def main(
     if num_inner_steps is not None:
         config = override(config, {"num_inner_steps": num_inner_steps})
     build.task_distributions(config)
-    rates: dict[str, list[float]] = {"bare, 1 worker": [], "loop, 1 worker": [], "loop, 2 workers": []}
+    functions = {"bare": bare, "loop": trained}
+    rates: dict[str, list[float]] = {f"{what}, {n}": [] for n in (1, 2) for what in functions}
     for _ in range(rounds):
-        rates["bare, 1 worker"].append(measure(bare, config, 1))
-        rates["loop, 1 worker"].append(measure(trained, config, 1))
-        rates["loop, 2 workers"].append(measure(trained, config, 2))
-    for name, found in rates.items():
+        for case, found in rates.items():
+            what, number = case.split(", ")
+            found.append(measure(functions[what], config, int(number)))
+    for case, found in rates.items():
         each = ", ".join(f"{rate:.1f}" for rate in found)
-        sys.stdout.write(f"{name:16s} {statistics.median(found):6.1f} tasks/s   ({each})\n")
-    pairs = zip(*rates.values(), strict=True)
-    kept, speedup = zip(*[(loop_ / bare_, two / loop_) for bare_, loop_, two in pairs], strict=True)
-    sys.stdout.write(f"the loop keeps {statistics.median(kept):.1%} of the bare meta-gradient\n")
-    sys.stdout.write(f"two workers give {statistics.median(speedup):.2f} times one\n")
+        sys.stdout.write(f"{case} {statistics.median(found):6.1f} tasks/s   ({each})\n")
+    for above, below, says in (
+        ("loop, 1", "bare, 1", "the loop keeps {:.1%} of the bare meta-gradient"),
+        ("loop, 2", "loop, 1", "two workers of a run give {:.2f} times one"),
+        ("bare, 2", "bare, 1", "two processes that share nothing give {:.2f} times one"),
+        ("loop, 2", "bare, 2", "two workers of a run keep {:.1%} of two processes that share nothing"),
+    ):
+        ratios = [a / b for a, b in zip(rates[above], rates[below], strict=True)]
+        sys.stdout.write(says.format(statistics.median(ratios)) + "\n")
     if result:
-        record = {"recipe": recipe, "rates": rates, "kept": kept, "speedup": speedup, "machine": platform.processor(),
-                  "cores": os.cpu_count(), "torch": torch.__version__}  # fmt: skip
+        record = {"recipe": recipe, "rates": rates, "machine": platform.processor(), "cores": os.cpu_count(),
+                  "torch": torch.__version__}  # fmt: skip
         result.write_text(json.dumps(record, indent=2) + "\n")
 
 
