@@ -81,13 +81,11 @@ def train(config: Config, worker: Worker) -> dict[str, float]:
             stopped_early = not last and evaluation.patience is not None and stale >= evaluation.patience
             values.update(found)
             if recorder:
-                recorder.points(done, found)
+                recorder.points(done, {**found, **({_best_key(config): selected} if improved else {})})
         improved = improved or (best is None and (last or stopped_early))  # a run has a result, whatever it is
         due = done % config.run.checkpoint_every == 0 or last or stopped_early
         if recorder:
             with meter.excluded():
-                if improved and best is not None:
-                    recorder.points(done, {_best_key(config): best})
                 if improved:
                     parts = dict(zip(tree_names(state.meta_params), tree_leaves(state.meta_params), strict=True))
                     recorder.model(done, parts, {"selection_metric": evaluation.selection_metric, "value": best})
@@ -112,13 +110,11 @@ def evaluate(config: Config, worker: Worker, *, split: str = "test", step: int |
     tasks = build.task_distributions(config)
     learner = build.learner(config, build.shapes(tasks["train"]), worker.device)
     collectives.from_first(0, worker.device)  # rank 0 may still be writing the file that all read
-    if step is None:
-        tensors, document = checkpoint.load(paths.model(folder))
-    else:
-        tensors, document = checkpoint.load(checkpoint.path_of(paths.checkpoints(folder), step))
-        tensors = {n.removeprefix("meta_params/"): t for n, t in tensors.items() if n.startswith("meta_params/")}
+    file = paths.model(folder) if step is None else checkpoint.path_of(paths.checkpoints(folder), step)
+    tensors, document = checkpoint.load(file)
     check_data(document, config)
-    leaves = [tensors[name].to(worker.device) for name in tree_names(learner.meta_params)]
+    prefix = "" if step is None else "meta_params/"
+    leaves = [tensors[prefix + name].to(worker.device) for name in tree_names(learner.meta_params)]
     meta_params = tree_unflatten(learner.meta_params, leaves)
     num_episodes = evaluation.num_val_episodes if split == "val" else evaluation.num_test_episodes
     scores = _score(config, worker, learner, meta_params, tasks[split], num_episodes, inductive=evaluation.inductive)
