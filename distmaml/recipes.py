@@ -38,13 +38,17 @@ def omniglot_maml_5w1s() -> Config:
 
 
 def omniglot_maml_5w5s() -> Config:
-    """MAML on Omniglot, 5-way 5-shot (Finn et al., 2017: 99.9 +- 0.1 % after 60,000 steps)."""
+    """MAML on Omniglot, 5-way 5-shot (Finn et al., 2017: 99.9 +- 0.1 % after 60,000 steps).
+
+    Made for half an hour on two cores: 32 filters (the paper: 64), twice the outer_lr; else as `omniglot_maml_5w1s`.
+    """
     base = omniglot_maml_5w1s()
     return Config(
         recipe="omniglot-maml-5w5s",
         algorithm_options=base.algorithm_options,
+        model_options=Conv4(num_filters=32),
         task_options=ImageTasks(dataset="omniglot", split="maml", num_shots=5, num_queries=5, rotations="all"),
-        outer=Outer(num_outer_steps=2000, meta_batch_size=32, schedule="cosine"),
+        outer=Outer(num_outer_steps=2000, meta_batch_size=32, outer_lr=2e-3, schedule="cosine"),
         evaluation=base.evaluation,
     )
 
