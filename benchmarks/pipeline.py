@@ -13,11 +13,12 @@ import contextlib
 import json
 import multiprocessing
 import os
-import platform
+import shutil
 import statistics
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -77,7 +78,7 @@ def trained(config: Config, rank: int, world_size: int, meeting: str, answer: Co
         dist.destroy_process_group()
 
 
-def measure(function: object, config: Config, world_size: int) -> float:
+def measure(function: Callable[..., None], config: Config, world_size: int) -> float:
     """Runs a function in `world_size` fresh processes; returns the sum of what they send."""
     context = multiprocessing.get_context("spawn")
     receive, send = context.Pipe(duplex=False)
@@ -85,7 +86,7 @@ def measure(function: object, config: Config, world_size: int) -> float:
         name = f"benchmark-{time.time_ns()}"
         config = replace(config, run=replace(config.run, name=name))
         arguments = [(config, rank, world_size, f"{folder}/meeting", send) for rank in range(world_size)]
-        workers = [context.Process(target=function, args=entry) for entry in arguments]  # type: ignore[arg-type]
+        workers = [context.Process(target=function, args=entry) for entry in arguments]
         for worker in workers:
             worker.start()
         send.close()  # so that a worker that dies is an end of file here, and not a wait for ever
@@ -96,9 +97,15 @@ def measure(function: object, config: Config, world_size: int) -> float:
                 rates[rank] = rate
         for worker in workers:
             worker.join()
+        shutil.rmtree(paths.run_folder(config), ignore_errors=True)
     if not rates or any(worker.exitcode for worker in workers):
         raise SystemExit(f"a worker of {config.run.name} failed; what it said stands above.")
     return sum(rates.values())
+
+
+def _processor() -> str:
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    return next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
 
 
 def main(
@@ -137,7 +144,7 @@ def main(
         ratios = [a / b for a, b in zip(rates[above], rates[below], strict=True)]
         sys.stdout.write(says.format(statistics.median(ratios)) + "\n")
     if result:
-        record = {"recipe": recipe, "rates": rates, "machine": platform.processor(), "cores": os.cpu_count(),
+        record = {"recipe": recipe, "rates": rates, "machine": _processor(), "cores": os.cpu_count(),
                   "torch": torch.__version__}  # fmt: skip
         result.write_text(json.dumps(record, indent=2) + "\n")
 

@@ -9,9 +9,10 @@ if TYPE_CHECKING:
     from distmaml.adapter import AdaptedModel, FewShotModel, load
     from distmaml.algorithms import Algorithm
     from distmaml.algorithms.maml import anil, fomaml, maml
-    from distmaml.config import Config, check, override
+    from distmaml.config import Config, override
     from distmaml.episodes import Batch, Episode, TaskBatch, TaskDistribution
     from distmaml.errors import DistmamlError
+    from distmaml.limits import check
     from distmaml.loop import evaluate, train
     from distmaml.objectives import Moment, Objective, classification, initial_params, objective, regression
     from distmaml.outer import meta_gradient
@@ -26,9 +27,10 @@ _MODULES: dict[str, tuple[str, ...]] = {
     "adapter": ("AdaptedModel", "FewShotModel", "load"),
     "algorithms": ("Algorithm",),
     "algorithms.maml": ("anil", "fomaml", "maml"),
-    "config": ("Config", "check", "override"),
+    "config": ("Config", "override"),
     "episodes": ("Batch", "Episode", "TaskBatch", "TaskDistribution"),
     "errors": ("DistmamlError",),
+    "limits": ("check",),
     "loop": ("evaluate", "train"),
     "objectives": ("Moment", "Objective", "classification", "initial_params", "objective", "regression"),
     "outer": ("meta_gradient",),
@@ -41,10 +43,10 @@ _MODULES: dict[str, tuple[str, ...]] = {
 _HOMES: dict[str, str] = {name: module for module, names in _MODULES.items() for name in names}
 
 __all__ = [  # noqa: RUF022 (in the order of the modules)
-    "AdaptedModel", "FewShotModel", "load", "Algorithm", "anil", "fomaml", "maml", "Config", "check", "override",
-    "Batch", "Episode", "TaskBatch", "TaskDistribution", "DistmamlError", "evaluate", "train", "Moment", "Objective",
-    "classification", "initial_params", "objective", "regression", "meta_gradient", "RECIPES", "interval", "score",
-    "open_store", "write_store", "LocalWorker", "Worker", "__version__",
+    "AdaptedModel", "FewShotModel", "load", "Algorithm", "anil", "fomaml", "maml", "Config", "override", "Batch",
+    "Episode", "TaskBatch", "TaskDistribution", "DistmamlError", "check", "evaluate", "train", "Moment",
+    "Objective", "classification", "initial_params", "objective", "regression", "meta_gradient", "RECIPES",
+    "interval", "score", "open_store", "write_store", "LocalWorker", "Worker", "__version__",
 ]  # fmt: skip
 
 

@@ -13,14 +13,17 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from distmaml import build, checkpoint
+from distmaml import build, checkpoint, paths
 from distmaml.algorithms import Algorithm
-from distmaml.config import Config, ImageTasks, check, from_json, is_custom
+from distmaml.config import Config, ImageTaskOptions, from_json, is_custom
 from distmaml.datasets.images import read_image
 from distmaml.episodes import Batch
 from distmaml.errors import CheckpointError, ConfigError, DataError, first_line
+from distmaml.files import absolute
+from distmaml.limits import check
 from distmaml.objectives import Objective
-from distmaml.trees import Tree, tree_leaves, tree_names, tree_unflatten
+from distmaml.outer import load_meta_params
+from distmaml.scoring import predict_one_by_one
 
 
 class FewShotModel:
@@ -45,6 +48,7 @@ class FewShotModel:
 
         Raises:
           DataError: inputs of another shape, labels out of range.
+          ConfigError: a negative number of steps.
         """
         inputs, targets = self._inputs(support.inputs), _tensor(support.targets, "targets")
         if targets.dim() == 0 or len(inputs) != len(targets) or not len(targets):
@@ -76,11 +80,13 @@ class FewShotModel:
 
         Raises:
           ConfigError: the model does not see images.
-          DataError: a file that is no picture, named.
+          DataError: a file that is no picture, named; no file at all.
         """
         options = self.config.task_options
-        if not isinstance(options, ImageTasks):
+        if not isinstance(options, ImageTaskOptions):
             raise ConfigError(f"this model was trained on {self.config.tasks!r}, not on images.")
+        if not files:
+            raise DataError("no pictures to read; give one file or more.")
         channels, height, _ = self._shapes.input_shape
         images = [read_image(Path(file), image_size=height, color=channels == 3, ink=self._ink) for file in files]
         return torch.from_numpy(np.stack(images)).to(torch.float32) / 255
@@ -92,7 +98,7 @@ class FewShotModel:
                 f"inputs of shape {list(tensor.shape)}; this model takes [num_samples, "
                 f"{', '.join(map(str, self._shapes.input_shape))}]."
             )
-        if isinstance(self.config.task_options, ImageTasks) and tensor.numel():
+        if isinstance(self.config.task_options, ImageTaskOptions) and tensor.numel():
             low, high = float(tensor.min()), float(tensor.max())
             if not tensor.is_floating_point() or not (low >= 0 and high <= 1):
                 raise DataError(
@@ -110,7 +116,7 @@ class AdaptedModel:
         self._support_inputs, self._support_targets = support_inputs, support_targets
 
     def predict(self, query: Any, *, transductive: bool = False) -> Tensor:
-        """Class probabilities ``[num_samples, num_outputs]``, or for a regression the predicted values.
+        """Class probabilities ``[num_samples, num_outputs]``, for a regression values, else what the objective says.
 
         A class that the support set does not show has the probability 0.
 
@@ -119,20 +125,18 @@ class AdaptedModel:
           transductive: predict all queries at once. A model with batch statistics then profits from the others, as
             in the figures of the MAML papers, but its answer depends on what else is asked. By default each
             query is predicted with the support set alone.
+
+        Raises:
+          DataError: inputs of another shape or range.
         """
         inputs, learner = self._model._inputs(query), self._model._learner
-
-        def outputs(batch: Tree) -> Tensor:
-            found: Tensor = learner.algorithm.predict(learner.meta_params, self._state, batch)
-            return found
-
+        algorithm, meta_params = learner.algorithm, learner.meta_params
+        predicted: Tensor
         with torch.no_grad():
-            if transductive:
-                predicted = outputs(inputs)
-            elif not len(inputs):
-                predicted = outputs(self._support_inputs)[:0]
+            if transductive and len(inputs):
+                predicted = algorithm.predict(meta_params, self._state, inputs)
             else:
-                predicted = torch.stack([outputs(torch.cat([self._support_inputs, item[None]]))[-1] for item in inputs])
+                predicted = predict_one_by_one(algorithm, meta_params, self._state, self._support_inputs, inputs)
         if self._model.config.objective != "classification":
             return predicted
         absent = torch.ones(self._model.num_outputs, dtype=torch.bool)
@@ -160,7 +164,9 @@ def load(
     objective: Callable[[nn.Module], Objective] | None = None,
     algorithm: Callable[..., Algorithm] | None = None,
 ) -> FewShotModel:
-    """Reads the model that a training run wrote. No code is run that the file names, and nothing is unpickled.
+    """Reads the model that a training run wrote, onto the CPU.
+
+    No code is run that the file names, and nothing is unpickled.
 
     Args:
       path: ``model.safetensors``, or the folder of a run.
@@ -172,8 +178,8 @@ def load(
       CheckpointError: a damaged or foreign file.
       ConfigError: the run used code of its own that is not given here.
     """
-    file = Path(path)
-    tensors, document = checkpoint.load(file / "model.safetensors" if file.is_dir() else file)
+    file = absolute(Path(path))
+    tensors, document = checkpoint.load(paths.model(file) if file.is_dir() else file)
     if any(name.startswith(("optimizer/", "meta_params/")) for name in tensors):
         raise CheckpointError(f"{file} is a checkpoint but not a model: take the run's model.safetensors.")
     try:
@@ -198,13 +204,7 @@ def load(
         learner = build.learner(
             config, shapes, torch.device("cpu"), module=module, objective=objective, algorithm=algorithm
         )
-    except (TypeError, ValueError, RuntimeError) as error:
+        meta_params = load_meta_params(learner.meta_params, tensors)
+    except (TypeError, ValueError, RuntimeError, CheckpointError) as error:
         raise CheckpointError(f"{file} does not fit its own configuration: {first_line(error)}.") from error
-    names = tree_names(learner.meta_params)
-    expected = dict(zip(names, tree_leaves(learner.meta_params), strict=True))
-    wrong = [name for name in {*expected, *tensors} if name not in expected or name not in tensors
-             or tensors[name].shape != expected[name].shape]  # fmt: skip
-    if wrong:
-        raise CheckpointError(f"{file} does not fit its own configuration: {', '.join(sorted(wrong)[:3])}.")
-    meta_params = tree_unflatten(learner.meta_params, [tensors[name] for name in names])
     return FewShotModel(config, shapes, learner._replace(meta_params=meta_params), ink)

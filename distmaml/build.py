@@ -6,6 +6,7 @@ import sys
 import traceback
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -13,12 +14,14 @@ from torch import nn
 
 from distmaml import paths
 from distmaml.algorithms import ALGORITHMS, Algorithm, MetaParams
-from distmaml.config import Config, ImageTasks, is_custom, is_store
+from distmaml.config import Config, ImageTaskOptions, is_custom, is_store
 from distmaml.datasets import ensure_store
-from distmaml.episodes import SPLITS, TaskDistribution
+from distmaml.episodes import TaskDistribution
 from distmaml.errors import ConfigError, first_line, unknown
+from distmaml.files import write_text
 from distmaml.models import MODELS
 from distmaml.objectives import Objective, initial_params
+from distmaml.splits import SAMPLES, SPLITS
 from distmaml.store import ClassStore, open_store
 from distmaml.tasks import TASKS
 
@@ -97,17 +100,20 @@ def task_distributions(config: Config) -> dict[str, TaskDistribution]:
     """
     options = config.task_options
     seed = config.outer.seed
-    if not isinstance(options, ImageTasks):
+    if not isinstance(options, ImageTaskOptions):
         factory = resolve("tasks", config.tasks, TASKS)
         arguments = _arguments(config.tasks, options)
-        evaluating = dict(arguments)
-        if "num_eval_queries" in arguments:
-            evaluating["num_queries"] = evaluating.pop("num_eval_queries")
-            arguments.pop("num_eval_queries")
+        num_queries = arguments.pop("num_eval_queries", None)
+        evaluating = arguments if num_queries is None else {**arguments, "num_queries": num_queries}
         chosen = {split: arguments if split == "train" else evaluating for split in SPLITS}
         return {split: factory(split=split, seed=seed, **chosen[split]) for split in SPLITS}
     opened = store(config)
     assert opened is not None
+    if options.rotations != "none" and opened.info.name == "glyphs":
+        raise ConfigError(
+            f"rotations={options.rotations!r} does not suit glyphs: turned, many letters are other letters (d and p, n "
+            "and u), which may be classes of another split. Take --rotations none, or another data set."
+        )
     cls = resolve("tasks", config.tasks, TASKS)
     return {
         split: cls(
@@ -127,19 +133,38 @@ def task_distributions(config: Config) -> dict[str, TaskDistribution]:
 def store(config: Config) -> ClassStore | None:
     """The class store of the run, built from raw files when it is missing; None for tasks that need none."""
     options = config.task_options
-    if not isinstance(options, ImageTasks):
+    if not isinstance(options, ImageTaskOptions):
         return None
-    if is_store(options.dataset):
-        return open_store(options.dataset)
-    path = ensure_store(
+    return open_store(options.dataset if is_store(options.dataset) else _pinned(config) or _ensured(config, options))
+
+
+def pin_store(config: Config) -> None:
+    """Notes in the run's folder which store it uses, as pictures that come or go make a store of their own."""
+    options = config.task_options
+    if isinstance(options, ImageTaskOptions) and not is_store(options.dataset):
+        path = _pinned(config) or _ensured(config, options)
+        write_text(paths.pinned_store(paths.run_folder(config)), f"{path}\n")
+
+
+def _pinned(config: Config) -> Path | None:
+    if config.run.name is None:
+        return None
+    try:
+        path = Path(paths.pinned_store(paths.run_folder(config)).read_text().strip())
+    except FileNotFoundError:
+        return None
+    return path if path.exists() else None
+
+
+def _ensured(config: Config, options: ImageTaskOptions) -> Path:
+    return ensure_store(
         options.dataset,
         data_dir=options.data_dir,
         image_size=options.image_size,
         color=options.color,
-        stores_dir=paths.stores(config),
+        stores_dir=paths.stores(paths.output_dir(config.run.output_dir)),
         builder=import_attribute(options.dataset) if is_custom(options.dataset) else None,
     )
-    return open_store(path)
 
 
 def dataset_record(config: Config) -> dict[str, Any] | None:
@@ -147,7 +172,7 @@ def dataset_record(config: Config) -> dict[str, Any] | None:
     opened = store(config)
     if opened is None:
         return None
-    assert isinstance(config.task_options, ImageTasks)
+    assert isinstance(config.task_options, ImageTaskOptions)
     scheme = _scheme(config.task_options)
     return {
         "name": opened.info.name,
@@ -213,5 +238,5 @@ def _arguments(name: str, options: Any) -> dict[str, Any]:
     return dict(arguments)
 
 
-def _scheme(options: ImageTasks) -> str:
-    return "samples" if options.split_by == "samples" else options.split
+def _scheme(options: ImageTaskOptions) -> str:
+    return SAMPLES if options.split_by == "samples" else options.split

@@ -5,7 +5,6 @@ one rename make a checkpoint atomic on any file system.
 """
 
 import json
-import logging
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -14,10 +13,8 @@ import safetensors
 import safetensors.torch
 from torch import Tensor
 
-from distmaml.errors import CheckpointError
+from distmaml.errors import CheckpointError, DamagedError
 from distmaml.files import atomic_file, disk_errors
-
-log = logging.getLogger("distmaml")
 
 FORMAT = 1
 
@@ -39,7 +36,8 @@ def load(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """The tensors, on the CPU, and the document that `save` wrote.
 
     Raises:
-      CheckpointError: a missing, truncated or foreign file.
+      DamagedError: a truncated or foreign file.
+      CheckpointError: one that is missing, cannot be read, or has another format.
     """
     try:
         with safetensors.safe_open(path, framework="pt") as file:
@@ -47,10 +45,12 @@ def load(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
     except FileNotFoundError:
         raise CheckpointError(f"there is no file {path}. Check the name.") from None
-    except (safetensors.SafetensorError, OSError, ValueError) as error:
-        raise CheckpointError(f"{path} is damaged or not a safetensors file ({error}). Take another one.") from error
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read ({error}). Check its permissions and the disk.") from error
+    except (safetensors.SafetensorError, ValueError) as error:
+        raise DamagedError(f"{path} is damaged or not a safetensors file ({error}). Take another one.") from error
     if not isinstance(document, dict) or "format" not in document:
-        raise CheckpointError(f"{path} was not written by distmaml: its header has no distmaml document.")
+        raise DamagedError(f"{path} was not written by distmaml: its header has no distmaml document.")
     if document["format"] != FORMAT:
         raise CheckpointError(
             f"{path} has format {document['format']}; this version of distmaml reads format {FORMAT}."
@@ -69,19 +69,16 @@ def steps(folder: Path) -> list[int]:
 
 
 def newest(folder: Path) -> int | None:
-    """The step of the newest whole checkpoint, or None. Damaged ones on the way are set aside and named in the log.
+    """The step of the newest whole checkpoint, or None. Damaged ones stay until the run gets there again.
 
     Raises:
-      CheckpointError: there are checkpoints, and all are damaged.
+      CheckpointError: there are checkpoints, and all are damaged, or one cannot be read.
     """
     found = steps(folder)
     for step in reversed(found):
-        path = path_of(folder, step)
         try:
-            load(path)
-        except CheckpointError as error:
-            log.warning("Going back to an older checkpoint: %s", error)
-            path.rename(path.with_suffix(".damaged"))
+            load(path_of(folder, step))
+        except DamagedError:
             continue
         return step
     if found:

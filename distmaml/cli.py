@@ -2,16 +2,20 @@
 
 import argparse
 import os
+import shlex
 import sys
 from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
 
 import tyro
 
-from distmaml import paths
 from distmaml.config import OPTIONS, Config, override
 from distmaml.errors import ConfigError, DistmamlError, unknown
-from distmaml.interrupt import STATUS
+from distmaml.interrupt import EXIT_STATUS
 from distmaml.recipes import RECIPES
+
+if TYPE_CHECKING:  # the driver takes a second to import, and --help does not need it
+    from distmaml.driver import Outcome
 
 
 def parse_recipe(arguments: Sequence[str], *, prog: str, description: str | None) -> Config:
@@ -53,20 +57,16 @@ def guarded(main: Callable[[], int | None]) -> int | None:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("stopped; go on from the last checkpoint, if there is one, with --resume", file=sys.stderr)
+        print("stopped", file=sys.stderr)
         sys.stdout.flush()
         sys.stderr.flush()
         # All is in order by now, and Python's own end, with torch, ray and mlflow loaded, takes seconds more.
-        os._exit(STATUS)
+        os._exit(EXIT_STATUS)
 
 
-def how_to_compare(config: Config, view: str) -> list[str]:
-    """What opens the MLflow UI on the runs of this experiment: a link, and the command that it needs first.
-
-    Args:
-      view: the path of the page, behind a server's address.
-    """
-    server = config.run.tracking_uri or os.environ.get("MLFLOW_TRACKING_URI")
-    if server:
-        return [server.rstrip("/") + view]
-    return [f"DISTMAML_HOME={paths.output_dir(config.run.output_dir)} make ui", f"http://127.0.0.1:5000{view}"]
+def how_to_compare(outcome: "Outcome") -> list[str]:
+    """What opens the MLflow UI on the runs of the experiment, a line each: a link, and the command that it needs."""
+    if outcome.server is not None:
+        return [f"compare   open {outcome.server}{outcome.view}"]
+    home = shlex.quote(str(outcome.folder.parent.parent))
+    return [f"compare   run  DISTMAML_HOME={home} make ui", f"          open http://127.0.0.1:5000{outcome.view}"]

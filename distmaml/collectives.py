@@ -24,15 +24,20 @@ def from_first(number: int, device: torch.device) -> int:
     return int(buffer)
 
 
+def wait_for_all(device: torch.device) -> None:
+    """Returns when every worker has come here."""
+    from_first(0, device)  # a barrier of NCCL would guess the device
+
+
 def mean_over_tasks(
     chunk_sums: Mapping[int, tuple[Tree, int]], like: Tree, *, num_chunks: int, ordered: bool
 ) -> tuple[Tree, int]:
     """The mean over the tasks of all workers, and their number.
 
-    One all-reduce carries everything: gradients, metrics and the number of tasks, flat. With ``ordered`` it carries a
-    row a chunk. A row is zero on all workers but the one that computed it, so the reduction adds nothing but zeros to
-    it, in whatever order; then every worker adds the rows by index. That makes the result the same to the last bit
-    for every number of workers, for `num_chunks` times the traffic.
+    One all-reduce carries everything: gradients, metrics and the number of tasks, flat. With ``ordered`` it carries
+    one row per chunk. A row is zero on all workers but the one that computed it, so the reduction adds nothing but
+    zeros to it, in whatever order; then every worker adds the rows by index. That makes the result the same to the last
+    bit for every number of workers, for `num_chunks` times the traffic.
 
     Args:
       chunk_sums: this worker's chunks: index -> (sum over the chunk's tasks, number of tasks). May be empty.

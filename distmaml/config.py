@@ -10,7 +10,6 @@ names a user's own, whose arguments come as plain keyword arguments from the mat
 
 import dataclasses
 import json
-import math
 import types
 import typing
 from collections.abc import Mapping
@@ -49,7 +48,7 @@ class CustomAlgorithm:
 
 
 @dataclass(frozen=True)
-class Conv4:
+class Conv4Options:
     """Four 3x3 convolutions with batch norm on batch statistics and ReLU (Vinyals et al., 2016)."""
 
     num_filters: int = 64
@@ -59,7 +58,7 @@ class Conv4:
 
 
 @dataclass(frozen=True)
-class Mlp:
+class MlpOptions:
     """Fully connected layers with ReLU."""
 
     hidden_sizes: tuple[int, ...] = (40, 40)
@@ -78,7 +77,7 @@ class CustomModel:
 
 
 @dataclass(frozen=True)
-class ImageTasks:
+class ImageTaskOptions:
     """N-way K-shot episodes over a class store."""
 
     dataset: str = "glyphs"
@@ -109,7 +108,7 @@ class ImageTasks:
 
 
 @dataclass(frozen=True)
-class Sinusoid:
+class SinusoidOptions:
     """y = amplitude * sin(x - phase): amplitude in [0.1, 5], phase in [0, pi], x in [-5, 5] (Finn et al., 2017)."""
 
     num_shots: int = 5
@@ -125,7 +124,8 @@ class CustomTasks:
     """Options of a task distribution named as package.module:attribute."""
 
     task_arguments: dict[str, Scalar] = field(default_factory=dict)
-    """Keyword arguments that the named factory gets beside split and seed."""
+    """Keyword arguments that the named factory gets beside split and seed. One named num_eval_queries takes the place
+    of num_queries in validation and test."""
 
 
 # ------------------------------------------------------------------------------------ the rest of a run
@@ -155,8 +155,8 @@ class Outer:
     """ordered: chunk sums are added in index order, so training is bitwise the same for every number of workers.
     plain: each worker adds its own first; less traffic for large models, equal up to rounding."""
     reduction_chunk: int = 4
-    """Tasks computed together and summed as one piece; fixed over the numbers of workers. At most meta_batch_size
-    divided by this many workers have something to do."""
+    """Tasks computed together and summed as one piece; fixed over the numbers of workers. No more than
+    meta_batch_size / reduction_chunk workers have something to do."""
     precision: Literal["float32", "float64"] = "float32"
     """Type of the parameters and of all arithmetic."""
     seed: int = 0
@@ -183,6 +183,15 @@ class Evaluation:
     """Whether more or less of the selection metric is better."""
     patience: int | None = None
     """Stop after this many validations without a better selection metric."""
+
+    @property
+    def selected_quantity(self) -> str:
+        """What the selection metric measures, whatever the split: "query_accuracy"."""
+        return self.selection_metric.removeprefix("val/")
+
+    def num_episodes(self, split: str) -> int:
+        """How many episodes of a split are looked at."""
+        return self.num_val_episodes if split == "val" else self.num_test_episodes
 
 
 @dataclass(frozen=True)
@@ -223,13 +232,13 @@ class Cluster:
 
 
 AlgorithmOptions: TypeAlias = InnerLoop | CustomAlgorithm
-ModelOptions: TypeAlias = Conv4 | Mlp | CustomModel
-TaskOptions: TypeAlias = ImageTasks | Sinusoid | CustomTasks
+ModelOptions: TypeAlias = Conv4Options | MlpOptions | CustomModel
+TaskOptions: TypeAlias = ImageTaskOptions | SinusoidOptions | CustomTasks
 
 OPTIONS: dict[str, tuple[dict[str, type], type]] = {
     "algorithm": ({"maml": InnerLoop, "fomaml": InnerLoop, "anil": InnerLoop}, CustomAlgorithm),
-    "model": ({"conv4": Conv4, "mlp": Mlp}, CustomModel),
-    "tasks": ({"images": ImageTasks, "sinusoid": Sinusoid}, CustomTasks),
+    "model": ({"conv4": Conv4Options, "mlp": MlpOptions}, CustomModel),
+    "tasks": ({"images": ImageTaskOptions, "sinusoid": SinusoidOptions}, CustomTasks),
 }
 """For each selector: the dataclass of each name's options, and the one for a user's own."""
 
@@ -246,13 +255,13 @@ class Config:
     """Options of the algorithm."""
     model: str = "conv4"
     """conv4, mlp, or package.module:attribute."""
-    model_options: ModelOptions = Conv4()
+    model_options: ModelOptions = Conv4Options()
     """Options of the model."""
     objective: str = "classification"
     """classification, regression, or package.module:attribute."""
     tasks: str = "images"
     """images, sinusoid, or package.module:attribute."""
-    task_options: TaskOptions = ImageTasks()
+    task_options: TaskOptions = ImageTaskOptions()
     """Options of the task distribution."""
     outer: Outer = Outer()
     """The outer loop."""
@@ -387,8 +396,8 @@ MAY_CHANGE = {
     *("num_workers", "use_gpu", "gpus_per_worker", "address", "max_failures"),
     *("num_outer_steps", "patience", "num_test_episodes", "inductive"),
 }
-"""Fields that may differ between a run and its resumption. With ordered sums, workers may too, to the last bit. More
-outer steps stretch the schedule: a cosine that had come down goes up again."""
+"""Fields that may differ between a run and its resumption. With ordered sums another number of workers leaves the
+result the same to the last bit. More outer steps stretch the schedule: a cosine that had come down goes up again."""
 
 
 def changes(before: Mapping[str, Any], config: Config) -> list[str]:
@@ -413,68 +422,3 @@ def read(file: Path) -> Config:
         return from_json(values)
     except ConfigError as error:
         raise ConfigError(f"{file} is of another version of distmaml, or damaged: {error} Take another run.") from error
-
-
-_POSITIVE = {
-    "num_inner_steps", "num_filters", "image_size", "num_ways", "num_shots", "num_queries", "num_eval_queries",
-    "num_outer_steps", "meta_batch_size", "reduction_chunk", "num_workers", "num_eval_steps", "log_every",
-    "checkpoint_every", "num_val_episodes", "patience",
-}  # fmt: skip
-_NOT_NEGATIVE = {"val_every", "num_test_episodes", "weight_decay", "max_failures", "seed"}
-MOST_INNER_STEPS = 10_000
-_POSITIVE_RATES = {"inner_lr", "outer_lr", "clip_norm", "gpus_per_worker"}
-
-
-def check(config: Config) -> None:
-    """Refuses what cannot work whatever the data are.
-
-    Raises:
-      ConfigError: the first field whose value is out of its range, and the range.
-    """
-    flat = flatten(config)
-    for name, value in flat.items():
-        if value is None or isinstance(value, bool | str):
-            continue
-        if name in _POSITIVE and value < 1:
-            raise ConfigError(f"{name}={value} must be 1 or more.")
-        if name in _NOT_NEGATIVE and not (value >= 0 and math.isfinite(value)):
-            raise ConfigError(f"{name}={value} must be 0 or more.")
-        if name in _POSITIVE_RATES and not (value > 0 and math.isfinite(value)):
-            raise ConfigError(f"{name}={value} must be greater than 0 and finite.")
-    for name in ("num_inner_steps", "num_eval_steps"):
-        if flat.get(name, 1) > MOST_INNER_STEPS:
-            raise ConfigError(f"{name}={flat[name]} must be {MOST_INNER_STEPS} or less.")
-    if flat.get("num_ways", 2) < 2:
-        raise ConfigError("num_ways=1 leaves nothing to tell apart; it must be 2 or more.")
-    if not 0 <= config.outer.final_lr_fraction <= 1:
-        raise ConfigError(f"final_lr_fraction={config.outer.final_lr_fraction} must lie in [0, 1].")
-    if any(size < 1 for size in flat.get("hidden_sizes", ())):
-        raise ConfigError(f"hidden_sizes={flat['hidden_sizes']} must all be 1 or more.")
-    if flat.get("dataset") == "glyphs" and flat.get("rotations") != "none":
-        raise ConfigError(
-            f"rotations={flat['rotations']!r} does not suit glyphs: turned, many letters are other letters (d and p, n "
-            "and u), which may be classes of another split. Take --rotations none, or another data set."
-        )
-    for selector, (table, _) in OPTIONS.items():
-        name = getattr(config, selector)
-        if not is_custom(name) and name not in table:
-            raise ConfigError(f"{unknown(selector, name, table)} Your own is named package.module:attribute.")
-    dataset = str(flat.get("dataset", ""))
-    if "://" in dataset and "@" in dataset.partition("://")[2].partition("/")[0]:
-        raise ConfigError(
-            "dataset is a URI that holds a key, which would be written into every run. Leave it out of the URI and set "
-            "AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or their like."
-        )
-    if config.evaluation.patience is not None and not config.evaluation.val_every:
-        raise ConfigError(f"patience={config.evaluation.patience} counts validations, and val_every=0 asks for none.")
-    if config.evaluation.num_test_episodes == 1:
-        raise ConfigError("num_test_episodes=1 gives no interval; take 2 or more, or 0 for no test.")
-    if config.outer.seed >= 2**63:
-        raise ConfigError(f"seed={config.outer.seed} must be less than 2**63.")
-    if config.cluster.gpus_per_worker > 1 and config.cluster.gpus_per_worker % 1:
-        raise ConfigError(f"gpus_per_worker={config.cluster.gpus_per_worker} must be whole, or a fraction of one.")
-    run_name = config.run.name
-    if run_name is not None and len(run_name.encode(errors="surrogateescape")) > 100:
-        raise ConfigError(f"name={run_name[:20]!r}... is longer than the 100 bytes that are allowed.")
-    if run_name is not None and (not run_name.strip(".") or not all(c.isalnum() or c in "._-" for c in run_name)):
-        raise ConfigError(f"name={run_name!r} may hold only letters, digits, '.', '_' and '-', and not only dots.")

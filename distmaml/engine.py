@@ -4,6 +4,7 @@ Some torch operators have no batching rule under vmap and some have no forward d
 down, says so once in the log, and stays there. The results are exact on every engine; only the speed differs.
 """
 
+import functools
 import logging
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -39,6 +40,12 @@ the other, a second backward pass is the faster, and forward derivatives are for
 _engines: WeakKeyDictionary[Any, Engine] = WeakKeyDictionary()
 
 
+@functools.cache
+def warn_once(message: str) -> None:
+    """Logs a warning that this process has not logged yet."""
+    log.warning(message)
+
+
 def sum_over_tasks(owner: Any, function: Callable[[Any], Tree], tasks: TaskBatch, *, vectorize: bool = True) -> Tree:
     """``sum_i function(task_i)``, leaf by leaf; see `stack_over_tasks`."""
     return _run(owner, function, tasks, vectorize, _sum_side_by_side, _sum_one_by_one)
@@ -48,7 +55,8 @@ def stack_over_tasks(owner: Any, function: Callable[[Any], Tree], tasks: TaskBat
     """``[function(task_0), function(task_1), ...]``, each leaf stacked along a new first axis.
 
     Args:
-      owner: what the choice of the engine is remembered for: the algorithm's `adapt`.
+      owner: what the choice of the engine is remembered for. Gradients and scores must not share it: a score that
+        meets an operator that the gradient does not know would change the arithmetic of the training.
       function: of one `Episode`.
       tasks: leaves ``[num_tasks, ...]``.
       vectorize: False keeps to one task after the other, which is faster for convolutions on a CPU.
@@ -75,7 +83,7 @@ def _run(
         _engines[owner] = engine
         if refusals:
             reasons = "; ".join(f"not {tried}: {first_line(error)[:160]}" for tried, error in refusals)
-            log.warning("Computing %s (%s).", engine, reasons)
+            warn_once(f"Computing {engine} ({reasons}).")
         return result
     raise refusals[-1][1]
 

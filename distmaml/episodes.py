@@ -9,6 +9,7 @@ from typing import NamedTuple, Protocol, TypeAlias
 import torch
 from torch import Tensor
 
+from distmaml.splits import SPLITS
 from distmaml.trees import Tree
 
 
@@ -54,9 +55,14 @@ def shard(num_tasks: int, chunk_size: int, rank: int, world_size: int) -> list[t
     The step's tasks are cut at multiples of `chunk_size` whatever the number of workers; each worker gets a
     contiguous run of whole chunks, as even as possible. Having none is fine.
     """
-    num_chunks = -(-num_tasks // chunk_size)
-    first, last = (num_chunks * r // world_size for r in (rank, rank + 1))
+    total = num_chunks(num_tasks, chunk_size)
+    first, last = (total * r // world_size for r in (rank, rank + 1))
     return [(c, range(c * chunk_size, min((c + 1) * chunk_size, num_tasks))) for c in range(first, last)]
+
+
+def num_chunks(num_tasks: int, chunk_size: int) -> int:
+    """Chunks of a step, the last one perhaps a smaller one: no more workers than these have something to do."""
+    return -(-num_tasks // chunk_size)
 
 
 def fold_in(key: Tensor, data: int | Tensor) -> Tensor:
@@ -71,9 +77,6 @@ def fold_in(key: Tensor, data: int | Tensor) -> Tensor:
     mixed = (mixed ^ _shift(mixed, 30)) * _signed(0xBF58476D1CE4E5B9)
     mixed = (mixed ^ _shift(mixed, 27)) * _signed(0x94D049BB133111EB)
     return mixed ^ _shift(mixed, 31)
-
-
-SPLITS = ("train", "val", "test")
 
 
 def task_keys(seed: int, split: str, indices: Sequence[int]) -> Tensor:

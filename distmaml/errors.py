@@ -25,6 +25,10 @@ class CheckpointError(DistmamlError):
     """A checkpoint or a model file that is damaged or belongs to something else."""
 
 
+class DamagedError(CheckpointError):
+    """A file that is not whole, or that distmaml did not write."""
+
+
 class RunError(DistmamlError):
     """A run's folder, name or life: it exists already, it is missing, it cannot be written."""
 

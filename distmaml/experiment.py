@@ -28,12 +28,12 @@ def open_tracking(config: Config, *, resuming: Path | None) -> Any:
     from distmaml.tracking.uploader import replay
 
     output = paths.output_dir(config.run.output_dir)
-    tracking = database.open_tracking(output, config.run.tracking_uri or _server_of(resuming))
+    tracking = database.open_tracking(output, config.run.tracking_uri or _home_of(resuming, output))
     sweep(tracking, resuming=resuming)
     if not tracking.reachable:
         return tracking
     deadline = time.monotonic() + LEFT_OVER_SECONDS
-    for folder in sorted((output / "runs").glob("*")):
+    for folder in sorted(paths.runs(output).glob("*")):
         left = deadline - time.monotonic()
         if folder == resuming or left <= 0 or not _has_unsent(folder, tracking.uri):
             continue
@@ -45,10 +45,14 @@ def open_tracking(config: Config, *, resuming: Path | None) -> Any:
     return tracking
 
 
-def _server_of(folder: Path | None) -> str | None:
-    """The MLflow server that has a run already: another one would get a second run of the same training."""
+def _home_of(folder: Path | None, output: Path) -> str | None:
+    """The MLflow that has a run already: another one would get a second run of the same training."""
+    from distmaml.tracking.database import embedded_uri
+
     record = None if folder is None else Outbox(folder).read_run()
-    return record.tracking_uri if record is not None and record.tracking_uri.startswith("http") else None
+    if record is None or record.tracking_uri.startswith("http"):
+        return None if record is None else record.tracking_uri
+    return embedded_uri(output)
 
 
 def _has_unsent(folder: Path, tracking_uri: str) -> bool:
@@ -85,7 +89,7 @@ def tracked(config: Config, folder: Path, tracking: Any, interrupt: Interrupt) -
                 tags={"mlflow.source.type": "JOB" if "RAY_JOB_SUBMISSION_ID" in os.environ else "LOCAL"},
                 dataset=dataset,
             )
-        quantity = config.evaluation.selection_metric.removeprefix("val/")
+        quantity = config.evaluation.selected_quantity
         view: str | None = None
         if run.experiment_id is not None:
             view = seed_view(

@@ -59,7 +59,7 @@ def sgd(inner_lr: float) -> UpdateRule:
 def differentiable(step: Callable[[Tree, Params, Params, int], Params]) -> UpdateRule:
     """Any differentiable step as a rule, its derivative by autodiff: learned rates, curvature, a recurrent rule.
 
-    Costs one more gradient of the support loss an inner step than `sgd`.
+    Costs one more gradient of the support loss per inner step than `sgd`.
     """
 
     def pull_back(
@@ -88,11 +88,11 @@ class Linearization(NamedTuple):
 
     Attributes:
       grads: g(phi_k); None where it was not asked for and would cost a pass.
-      pull_back: ``v -> (H v, (d g / d context)^T v)``, where g and H are taken with respect to the parameters.
+      transpose: ``v -> (H v, (d g / d context)^T v)``, where g and H are taken with respect to the parameters.
     """
 
     grads: Params | None
-    pull_back: Callable[[Params], tuple[Params, Tree]]
+    transpose: Callable[[Params], tuple[Params, Tree]]
 
 
 def descend(
@@ -124,7 +124,7 @@ def descend_vjp(
         trajectory = descend(loss_fn, params, rule=rule, num_steps=last, **options)
         kept[last] = linearize(loss_fn, trajectory[-1], context, last)
         grads = kept[last].grads
-        assert grads is not None  # they come for nothing there
+        assert grads is not None  # reverse mode computes them anyway
         trajectory.append(rule.step(rule_params, trajectory[-1], grads, last))
     return trajectory, lambda cotangents: pull_back(loss_fn, trajectory, cotangents, rule=rule, kept=kept, **options)
 
@@ -171,7 +171,7 @@ def pull_back(
         here = kept.pop(k, None) if kept else None
         here = here or linearize(loss_fn, phi, context, k, needs_grads=rule.needs_grads)
         rule_part, phi_part, grad_part = rule.pull_back(rule_params, phi, here.grads, k, adjoint)
-        curvature, context_part = here.pull_back(grad_part)
+        curvature, context_part = here.transpose(grad_part)
         del here  # with the activations of this step, before those of the one before it come
         direct = cotangents[k]
         adjoint = tree_add(phi_part, curvature)

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-STATUS = 130
+EXIT_STATUS = 130
 _ENOUGH = 3
 
 
@@ -25,7 +25,7 @@ class Interrupt:
     def __call__(self, number: int, frame: Any) -> None:
         self._count += 1
         if self._count >= _ENOUGH:
-            os._exit(STATUS)
+            os._exit(EXIT_STATUS)
         if self._count == 1 and not self._deferred:
             raise KeyboardInterrupt
 

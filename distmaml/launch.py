@@ -1,5 +1,6 @@
 """Runs a loop on Ray workers. The only import of ray.train; knows nothing of what the loop does."""
 
+import enum
 import logging
 import os
 import shutil
@@ -108,8 +109,7 @@ def _fit(trainer: Any, max_failures: int) -> Any:
                 log.warning("Ray Train failed (%s); it is started again.", _in_short(failure))
                 continue
             raise ClusterError(
-                f"the workers failed more than {max_failures} times; the last error was: {_in_short(_cause(error))}. "
-                "Their checkpoints are kept: run the same command with --resume to go on."
+                f"the workers failed more than {max_failures} times; the last error was: {_in_short(_cause(error))}."
             ) from error
     raise AssertionError("the last round returns or raises")
 
@@ -159,30 +159,36 @@ def _stop_on_purpose() -> Any:
         """Raised in the controller, an exception ends a run at once, where a worker's would start it again."""
 
         def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:
-            errors = sorted(worker_exceptions.values(), key=_importance)
-            if _importance(errors[0]) < 2:
+            errors = sorted(worker_exceptions.values(), key=_kind)
+            if _kind(errors[0]) in (_Kind.ON_PURPOSE, _Kind.MISTAKE):
                 raise ControllerError(errors[0])  # any other type would be logged with its traceback
             log.warning("A worker failed (%s); all start from the last checkpoint.", _in_short(errors[0]))
 
     return StopOnPurpose()
 
 
-def _importance(error: Exception) -> int:
-    """0 for an error raised on purpose, 1 for a mistake in the code, 2 for a worker's death, 3 for what follows of it.
+class _Kind(enum.IntEnum):
+    """What an error of a worker tells, the most telling first."""
 
-    RuntimeError and OSError are what the survivors get from their collectives; what else raises them is tried again.
-    """
+    ON_PURPOSE = 0
+    MISTAKE = 1
+    DEATH = 2
+    CONSEQUENCE = 3
+    """RuntimeError and OSError are what the survivors get from their collectives; what raises them is tried again."""
+
+
+def _kind(error: BaseException) -> _Kind:
     if isinstance(error, DistmamlError):
-        return 0
+        return _Kind.ON_PURPOSE
     if _of_ray(error):
-        return 2
-    return 3 if isinstance(error, RuntimeError | OSError | MemoryError) else 1
+        return _Kind.DEATH
+    return _Kind.CONSEQUENCE if isinstance(error, RuntimeError | OSError | MemoryError) else _Kind.MISTAKE
 
 
 def _cause(error: BaseException) -> BaseException:
     """The most telling of the errors of a worker group."""
     failures = getattr(error, "worker_failures", {})
-    return min(failures.values(), key=_importance) if failures else getattr(error, "controller_failure", error)
+    return min(failures.values(), key=_kind) if failures else getattr(error, "controller_failure", error)
 
 
 def _of_ray(error: object) -> bool:

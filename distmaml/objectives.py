@@ -110,11 +110,9 @@ def objective(
 
     def call(params: Params, arguments: tuple[Any, ...], moment: Moment, submodule: str = "") -> Any:
         module = deterministic if moment.key is None else training
-        if module in watched:
-            watched.discard(module)
-            with _unchanged_buffers(module):
-                return call(params, arguments, moment, submodule)
         with ExitStack() as stack:
+            if module in watched:
+                stack.enter_context(_unchanged_buffers(module))
             stack.enter_context(sdpa_kernel(SDPBackend.MATH))  # the fused kernels have no second derivative
             if attends:
                 stack.enter_context(_composed_attention())
@@ -125,8 +123,11 @@ def objective(
             if submodule:
                 prefix = submodule + "."
                 params = {name.removeprefix(prefix): p for name, p in params.items() if name.startswith(prefix)}
-                module = module.get_submodule(submodule)
-            return functional_call(module, params, arguments)
+                outputs = functional_call(module.get_submodule(submodule), params, arguments)
+            else:
+                outputs = functional_call(module, params, arguments)
+        watched.discard(module)  # a call that has come through
+        return outputs
 
     def predict(params: Params, inputs: Tree, moment: Moment) -> Any:
         return call(params, _arguments(inputs), moment)

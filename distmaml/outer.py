@@ -4,7 +4,7 @@ Knows no processes: what several workers computed is added in `collectives.py`.
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -14,9 +14,12 @@ from distmaml.algorithms import Algorithm, MetaParams
 from distmaml.config import Outer
 from distmaml.engine import sum_over_tasks
 from distmaml.episodes import TaskBatch
-from distmaml.errors import CheckpointError
+from distmaml.errors import CheckpointError, ConfigError
 from distmaml.inner import Metrics
-from distmaml.trees import tree_add, tree_index, tree_leaves, tree_map, tree_names, tree_unflatten
+from distmaml.trees import named_leaves, tree_add, tree_index, tree_leaves, tree_map, tree_unflatten
+
+META_PARAMS = "meta_params/"
+"""Before the names of the meta-parameters in a checkpoint, which holds the optimiser's state too."""
 
 
 def meta_gradient(
@@ -33,9 +36,16 @@ def meta_gradient(
 
     Returns:
       The mean gradient, shaped like `meta_params`, and the mean of each metric.
+
+    Raises:
+      ConfigError: no task at all, or a chunk of none.
     """
     num_tasks = len(tree_leaves(tasks)[0])
     size = num_tasks if chunk_size is None else chunk_size
+    if size < 1:
+        raise ConfigError(
+            f"{num_tasks} tasks with chunk_size={chunk_size} have no mean gradient; both must be 1 or more."
+        )
     total: tuple[MetaParams, Metrics] | None = None
     for start in range(0, num_tasks, size):
         part = chunk_sum(algorithm, meta_params, tree_index(tasks, slice(start, start + size)), step)
@@ -105,6 +115,11 @@ def outer_step(state: OuterState, meta_grads: MetaParams, step: int, options: Ou
     return norm
 
 
+def parameter_norm(state: OuterState) -> float:
+    """Euclidean norm of the meta-parameters."""
+    return float(torch.nn.utils.get_total_norm([leaf.detach() for leaf in tree_leaves(state.meta_params)]))
+
+
 def learning_rate(step: int, options: Outer) -> float:
     """The outer learning rate of one step: constant, or falling from `outer_lr` to `final_lr_fraction` of it.
 
@@ -122,34 +137,23 @@ def named_state(state: OuterState) -> dict[str, Tensor]:
 
 
 def _entries(state: OuterState) -> Iterator[tuple[str, Tensor]]:
-    names = tree_names(state.meta_params)
-    for name, leaf in zip(names, tree_leaves(state.meta_params), strict=True):
-        yield f"meta_params/{name}", leaf
+    for name, leaf in named_leaves(state.meta_params).items():
+        yield f"{META_PARAMS}{name}", leaf
         for key, value in state.optimizer.state.get(leaf, {}).items():
             yield f"optimizer/{key}/{name}", torch.as_tensor(value)
 
 
-def load_named_state(state: OuterState, tensors: dict[str, Tensor]) -> None:
+def load_named_state(state: OuterState, tensors: Mapping[str, Tensor]) -> None:
     """Puts what `named_state` gave back, in place.
 
     Raises:
       CheckpointError: the parameters are those of another model.
     """
-    expected = dict(zip(tree_names(state.meta_params), tree_leaves(state.meta_params), strict=True))
-    found = {n.removeprefix("meta_params/"): t for n, t in tensors.items() if n.startswith("meta_params/")}
-    for name in sorted({*expected, *found}):
-        shapes = [list(tree[name].shape) if name in tree else None for tree in (found, expected)]
-        if shapes[0] != shapes[1]:
-            raise CheckpointError(
-                f"the checkpoint is of another model: its parameter {name!r} has the shape {shapes[0]}, and now it is "
-                f"{shapes[1]}. Bring the old model back, or train under another name."
-            )
+    found = named_leaves(load_meta_params(state.meta_params, tensors, prefix=META_PARAMS))
     optimizer_state: dict[int, dict[str, Tensor]] = {}
     with torch.no_grad():
-        for index, (name, leaf) in enumerate(
-            zip(tree_names(state.meta_params), tree_leaves(state.meta_params), strict=True)
-        ):
-            leaf.copy_(tensors[f"meta_params/{name}"])
+        for index, (name, leaf) in enumerate(named_leaves(state.meta_params).items()):
+            leaf.copy_(found[name])
             entries = {
                 key.split("/")[1]: value
                 for key, value in tensors.items()
@@ -159,3 +163,25 @@ def load_named_state(state: OuterState, tensors: dict[str, Tensor]) -> None:
                 optimizer_state[index] = entries
     groups = state.optimizer.state_dict()["param_groups"]
     state.optimizer.load_state_dict({"state": optimizer_state, "param_groups": groups})
+
+
+def load_meta_params(like: MetaParams, tensors: Mapping[str, Tensor], *, prefix: str = "") -> MetaParams:
+    """The meta-parameters in a file's tensors, on the device of `like`.
+
+    Args:
+      like: meta-parameters of the model that they are for.
+      prefix: of their names in the file; META_PARAMS in a checkpoint, nothing in a model.
+
+    Raises:
+      CheckpointError: they are those of another model.
+    """
+    expected = named_leaves(like)
+    found = {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
+    for name in sorted({*expected, *found}):
+        shapes = [list(tree[name].shape) if name in tree else None for tree in (found, expected)]
+        if shapes[0] != shapes[1]:
+            raise CheckpointError(
+                f"the file is of another model: its parameter {name!r} has the shape {shapes[0]}, and now it is "
+                f"{shapes[1]}. Take the model that it was made with, or train under another name."
+            )
+    return tree_unflatten(like, [found[name].to(leaf.device) for name, leaf in expected.items()])

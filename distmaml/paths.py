@@ -1,14 +1,17 @@
 """Where things lie under the output folder.
 
-OUTPUT_DIR/stores/            class stores
+OUTPUT_DIR/stores/            class stores, with downloads/ beside it
 OUTPUT_DIR/mlflow.db          the embedded tracking database, with mlartifacts/ beside it
+OUTPUT_DIR/ray/               what Ray must know of the runs that are going on
 OUTPUT_DIR/runs/NAME/         one training run:
   config.json                   its configuration
+  store                         which class store it uses
   checkpoints/00000100.safetensors
   metrics/                      committed points
+  tracking/                     what MLflow is to be told, and has been told
   progress.json                 how far it is, for whoever watches
   model.safetensors             the best meta-parameters so far: the result
-  evaluation-test.json, .csv    scores of the model
+  evaluation-test.json, .csv    scores of the model, and of later evaluations under names of their own
   artifacts/                    pictures
 """
 
@@ -25,16 +28,50 @@ def output_dir(explicit: Path | None) -> Path:
     return absolute(explicit or Path(os.environ.get("DISTMAML_HOME") or Path.home() / "distmaml"))
 
 
+def stores(output: Path) -> Path:
+    """The class stores in an output folder."""
+    return output / "stores"
+
+
+def runs(output: Path) -> Path:
+    """The runs in an output folder."""
+    return output / "runs"
+
+
+def ray(output: Path) -> Path:
+    """Ray's own files in an output folder."""
+    return output / "ray"
+
+
 def run_folder(config: Config) -> Path:
-    """The folder of the run that a configuration names."""
+    """The folder of the run that a configuration names.
+
+    Raises:
+      RunError: it names none.
+    """
     if config.run.name is None:
-        raise RunError("the run has no name yet.")
-    return output_dir(config.run.output_dir) / "runs" / config.run.name
+        raise RunError("the run has no name; give it one: override(config, {'name': ...}) or --name.")
+    return runs(output_dir(config.run.output_dir)) / config.run.name
 
 
-def stores(config: Config) -> Path:
-    """The folder of the class stores."""
-    return output_dir(config.run.output_dir) / "stores"
+def config_file(run: Path) -> Path:
+    """The configuration of a run."""
+    return run / "config.json"
+
+
+def pinned_store(run: Path) -> Path:
+    """Which class store a run uses."""
+    return run / "store"
+
+
+def progress(run: Path) -> Path:
+    """How far a run is."""
+    return run / "progress.json"
+
+
+def artifacts(run: Path) -> Path:
+    """The pictures of a run."""
+    return run / "artifacts"
 
 
 def checkpoints(run: Path) -> Path:

@@ -13,7 +13,7 @@ from distmaml.trees import tree_to
 class Chunk(NamedTuple):
     """Some tasks of a step, computed together by one worker."""
 
-    position: int
+    number: int
     num_tasks: int
     tasks: TaskBatch
 

@@ -2,7 +2,9 @@
 
 import logging
 import os
+import secrets
 import shutil
+import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,11 +14,14 @@ from pathlib import Path
 import torch
 
 from distmaml import build, checkpoint, paths
-from distmaml.config import Config, ImageTasks, changes, is_store, read, to_json
+from distmaml.config import Config, ImageTaskOptions, is_store, read, to_json
+from distmaml.engine import warn_once
 from distmaml.errors import ConfigError, DistmamlError, RunError, first_line
-from distmaml.files import absolute, write_text
+from distmaml.files import absolute
 from distmaml.outer import chunk_sum, init_outer, load_named_state
-from distmaml.recorder import check_origin
+from distmaml.recorder import check_origin, check_settings
+from distmaml.scoring import score
+from distmaml.selection import Selection
 from distmaml.tracking.outbox import Outbox
 from distmaml.trees import Tree, tree_to
 
@@ -35,10 +40,10 @@ def named(config: Config) -> Config:
     if name is None:
         if config.run.resume:
             raise ConfigError("--resume needs the --name of the run to go on with.")
-        name = f"{config.recipe}-{time.strftime('%Y%m%d-%H%M%S')}"
+        name = f"{config.recipe}-{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(2)}"  # two may start in one second
     config = replace(config, run=replace(config.run, name=name, output_dir=paths.output_dir(config.run.output_dir)))
     options = config.task_options
-    if isinstance(options, ImageTasks):
+    if isinstance(options, ImageTaskOptions):
         if options.data_dir is not None:
             options = replace(options, data_dir=absolute(options.data_dir))
         if is_store(options.dataset) and "://" not in options.dataset:
@@ -53,11 +58,11 @@ def settings_of(name: str, output_dir: Path | None) -> Config:
       RunError: it is not; the message names those that are.
       ConfigError: its configuration is damaged.
     """
-    runs = paths.output_dir(output_dir) / "runs"
+    runs = paths.runs(paths.output_dir(output_dir))
     known = sorted(path.parent.name for path in runs.glob("*/config.json"))
     if name not in known:
         raise RunError(f"there is no run named {name!r} in {runs}. There are: {', '.join(known) or 'none'}.")
-    return read(runs / name / "config.json")
+    return read(paths.config_file(runs / name))
 
 
 def check_output(folder: Path) -> None:
@@ -68,10 +73,10 @@ def check_output(folder: Path) -> None:
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        write_text(folder / ".writable", "")
-        (folder / ".writable").unlink()
+        with tempfile.NamedTemporaryFile(dir=folder) as file:
+            file.write(b"x")
         free = shutil.disk_usage(folder).free
-    except (OSError, RunError) as error:
+    except OSError as error:
         raise RunError(f"cannot write in {folder}: {error}. Name another folder by --output-dir.") from error
     if free < LEAST_BYTES:
         raise RunError(
@@ -97,10 +102,10 @@ def check_new(config: Config, folder: Path) -> None:
             f"a run named {config.run.name!r} exists in {folder}, {done[-1]} outer steps long. Go on with it by "
             "--resume, or choose another --name."
         )
-    if paths.model(folder).exists() or any(paths.checkpoints(folder).glob("*.damaged")):
+    if paths.model(folder).exists():
         raise RunError(
-            f"a run named {config.run.name!r} exists in {folder}, with a model or damaged checkpoints but none to go "
-            "on from. Move the folder away, or choose another --name."
+            f"a run named {config.run.name!r} exists in {folder}, with a model but no checkpoint to go on from. "
+            "Move the folder away, or choose another --name."
         )
     with claimed(folder):
         pass  # nobody is busy with it
@@ -114,32 +119,44 @@ def check_resumable(config: Config, folder: Path) -> None:
     """
     if not was_started(folder):
         raise RunError(f"there is no run named {config.run.name!r} in {folder.parent} to resume.")
-    if (folder / "config.json").exists():
-        changed = changes(to_json(read(folder / "config.json")), config)
-        if changed:
-            raise RunError(
-                f"the run {config.run.name!r} cannot go on with {', '.join(changed)}. Take the old values or "
-                "another --name."
-            )
-    last = checkpoint.newest(paths.checkpoints(folder)) or 0
+    if paths.config_file(folder).exists():
+        check_settings(to_json(read(paths.config_file(folder))), config)
+    last, stands = checkpoint.newest(paths.checkpoints(folder)) or 0, Selection()
     if last:
-        check_origin(checkpoint.load(checkpoint.path_of(paths.checkpoints(folder), last))[1], config)
+        _, document = checkpoint.load(checkpoint.path_of(paths.checkpoints(folder), last))
+        check_origin(document, config)
+        stands = Selection.of(document)
     finished = _end(folder) == "FINISHED"
     if last > config.outer.num_outer_steps or (finished and last == config.outer.num_outer_steps):
         raise RunError(
             f"the run {config.run.name!r} has {'finished its' if finished else 'done'} {last} outer steps. Ask for "
             "more by --num-outer-steps, or start a new run under another --name."
         )
-    if finished and checkpoint.load(checkpoint.path_of(paths.checkpoints(folder), last))[1]["stopped_early"]:
+    if finished and stands.is_over(config.evaluation):
         raise RunError(
             f"the run {config.run.name!r} stopped early after {last} outer steps, for want of a better "
-            f"{config.evaluation.selection_metric}. Start a new run under another --name, with more --patience."
+            f"{config.evaluation.selection_metric}. Give it more --patience to go on."
         )
+
+
+def remove_false_start(folder: Path) -> bool:
+    """Removes what an earlier run of the same name left that ended before its first checkpoint; whether it did.
+
+    Raises:
+      RunError: another process is busy with the run, or has brought it further in the meantime.
+    """
+    if not was_started(folder):
+        return False
+    with claimed(folder):
+        if checkpoint.steps(paths.checkpoints(folder)) or paths.model(folder).exists():
+            raise RunError(f"another process has just trained a run in {folder}. Choose another --name.")
+        shutil.rmtree(folder)
+    return True
 
 
 def was_started(folder: Path) -> bool:
     """Whether there is a run in a folder, however far it got."""
-    signs = (folder / "config.json", folder / "tracking" / "run.json")
+    signs = (paths.config_file(folder), folder / "tracking" / "run.json")
     return any(sign.exists() for sign in signs) or bool(checkpoint.steps(paths.checkpoints(folder)))
 
 
@@ -167,36 +184,36 @@ def _end(folder: Path) -> str | None:
 # ------------------------------------------------------------------------------------------- the rehearsal
 
 
-def rehearse(config: Config, *, local: bool) -> None:
-    """One task's gradient in this process, so that a mistake shows before any cluster work.
+def check_machine(config: Config) -> None:
+    """Refuses workers that a cluster on this machine could not carry.
 
-    Args:
-      local: the cluster will be started on this machine.
+    Raises:
+      ConfigError: too many of them, or a GPU that is not there.
+    """
+    if config.cluster.use_gpu == "yes" and not torch.cuda.is_available():
+        raise ConfigError(
+            "use_gpu='yes', but torch finds no GPU on this machine. Take --use-gpu auto, or name a cluster."
+        )
+    most = WORKERS_A_CORE * (os.cpu_count() or 1)
+    if config.cluster.num_workers > most:
+        raise ConfigError(
+            f"num_workers={config.cluster.num_workers} is more than this machine can carry: {most} at most, and "
+            f"{os.cpu_count()} are as fast. Lower it, or name a cluster by --address."
+        )
+
+
+def rehearse(config: Config) -> None:
+    """One task's gradient and score in this process, so that a mistake shows before any cluster work.
 
     Raises:
       ConfigError: options that do not get along.
       DataError: data that are not there or do not suffice.
     """
-    if config.cluster.use_gpu == "yes" and local and not torch.cuda.is_available():
-        raise ConfigError(
-            "use_gpu='yes', but torch finds no GPU on this machine. Take --use-gpu auto, or name a cluster."
-        )
-    most = WORKERS_A_CORE * (os.cpu_count() or 1)
-    if local and config.cluster.num_workers > most:
-        raise ConfigError(
-            f"num_workers={config.cluster.num_workers} is more than this machine can carry: {most} at most, and "
-            f"{os.cpu_count()} are as fast. Lower it, or name a cluster by --address."
-        )
-    device, dtype = torch.device("cpu"), getattr(torch, config.outer.precision)
     try:
         opened = build.store(config)
         if opened is not None:
             opened.verify()
-        tasks = build.task_distributions(config)
-        learner = build.learner(config, build.shapes(tasks["train"]), device)
-        one = tree_to(tasks["train"].sample([0]), device, dtype)
-        with _quietly():
-            chunk_sum(learner.algorithm, learner.meta_params, one, 0, vectorize=learner.vectorize)
+        learner = _train_and_score_one(config)
         if config.run.resume:
             _check_restorable(config, learner.meta_params)
     except DistmamlError:
@@ -219,6 +236,24 @@ def rehearse(config: Config, *, local: bool) -> None:
         )
 
 
+def _train_and_score_one(config: Config) -> build.Learner:
+    device, dtype = torch.device("cpu"), getattr(torch, config.outer.precision)
+    tasks = build.task_distributions(config)
+    learner = build.learner(config, build.shapes(tasks["train"]), device)
+    one, other = (tree_to(tasks[split].sample([0]), device, dtype) for split in ("train", "val"))
+    with _quietly():
+        chunk_sum(learner.algorithm, learner.meta_params, one, 0, vectorize=learner.vectorize)
+        found = score(learner.algorithm, learner.objective, learner.meta_params, other, num_steps=1,
+                      inductive=config.evaluation.inductive, vectorize=learner.vectorize)  # fmt: skip
+    returned = sorted(name.removeprefix("query_") for name in found["transductive"] if name != "query_loss")
+    if returned != sorted(learner.objective.metrics):
+        raise ConfigError(
+            f"objective={config.objective!r} names the metrics {sorted(learner.objective.metrics)}, and its loss "
+            f"returns {returned}. Make the two agree."
+        )
+    return learner
+
+
 def _check_restorable(config: Config, meta_params: Tree) -> None:
     folder = paths.checkpoints(paths.run_folder(config))
     last = checkpoint.newest(folder)
@@ -239,3 +274,4 @@ def _quietly() -> Iterator[None]:
     finally:
         torch.set_num_threads(threads)
         logger.setLevel(level)
+        warn_once.cache_clear()

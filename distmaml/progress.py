@@ -7,6 +7,7 @@ import time
 from collections.abc import Mapping
 from pathlib import Path
 
+from distmaml import paths
 from distmaml.config import Config
 
 LOOK_SECONDS = 0.5
@@ -17,7 +18,7 @@ class Progress:
     """Shows the progress file that rank 0 writes, from a thread, for the length of a ``with`` block."""
 
     def __init__(self, config: Config, folder: Path) -> None:
-        self._config, self._file = config, folder / "progress.json"
+        self._config, self._file = config, paths.progress(folder)
         self._end, self._thread = threading.Event(), threading.Thread(target=self._watch, daemon=True)
         self._terminal = sys.stderr.isatty()
         self._shown, self._said = "", 0.0
@@ -66,7 +67,7 @@ def line(config: Config, progress: Mapping[str, float], first: tuple[float, int]
     """
     total, step = config.outer.num_outer_steps, int(progress["step"])
     words = [f"step {step}/{total}"]
-    quantity = config.evaluation.selection_metric.removeprefix("val/query_").split("_step_")[0]
+    quantity = config.evaluation.selected_quantity.removeprefix("query_").split("_step_")[0]
     for split in ("train", "val"):
         value = progress.get(f"{split}/query_{quantity}")
         if value is not None:

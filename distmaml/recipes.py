@@ -6,7 +6,16 @@ otherwise than its paper is said in its docstring.
 
 from collections.abc import Callable
 
-from distmaml.config import Config, Conv4, Evaluation, ImageTasks, InnerLoop, Mlp, Outer, Sinusoid
+from distmaml.config import (
+    Config,
+    Conv4Options,
+    Evaluation,
+    ImageTaskOptions,
+    InnerLoop,
+    MlpOptions,
+    Outer,
+    SinusoidOptions,
+)
 
 
 def glyphs_maml_5w1s() -> Config:
@@ -14,10 +23,10 @@ def glyphs_maml_5w1s() -> Config:
     return Config(
         recipe="glyphs-maml-5w1s",
         algorithm_options=InnerLoop(inner_lr=0.4, num_inner_steps=1),
-        model_options=Conv4(num_filters=32),
-        task_options=ImageTasks(dataset="glyphs", num_queries=5),
-        outer=Outer(num_outer_steps=300, meta_batch_size=32, outer_lr=3e-3, schedule="cosine"),
-        evaluation=Evaluation(val_every=100, num_val_episodes=100, num_test_episodes=600),
+        model_options=Conv4Options(num_filters=32),
+        task_options=ImageTaskOptions(dataset="glyphs", num_queries=5),
+        outer=Outer(num_outer_steps=200, meta_batch_size=32, outer_lr=3e-3, schedule="cosine"),
+        evaluation=Evaluation(val_every=100, num_val_episodes=100, num_test_episodes=400),
     )
 
 
@@ -31,7 +40,7 @@ def omniglot_maml_5w1s() -> Config:
     return Config(
         recipe="omniglot-maml-5w1s",
         algorithm_options=InnerLoop(inner_lr=0.4, num_inner_steps=1),
-        task_options=ImageTasks(dataset="omniglot", split="maml", num_shots=1, num_queries=5, rotations="all"),
+        task_options=ImageTaskOptions(dataset="omniglot", split="maml", num_shots=1, num_queries=5, rotations="all"),
         outer=Outer(num_outer_steps=6000, meta_batch_size=32, schedule="cosine"),
         evaluation=Evaluation(val_every=500, num_val_episodes=200, num_test_episodes=1000),
     )
@@ -46,10 +55,25 @@ def omniglot_maml_5w5s() -> Config:
     return Config(
         recipe="omniglot-maml-5w5s",
         algorithm_options=base.algorithm_options,
-        model_options=Conv4(num_filters=32),
-        task_options=ImageTasks(dataset="omniglot", split="maml", num_shots=5, num_queries=5, rotations="all"),
+        model_options=Conv4Options(num_filters=32),
+        task_options=ImageTaskOptions(dataset="omniglot", split="maml", num_shots=5, num_queries=5, rotations="all"),
         outer=Outer(num_outer_steps=2000, meta_batch_size=32, outer_lr=2e-3, schedule="cosine"),
         evaluation=base.evaluation,
+    )
+
+
+def image_folder_maml() -> Config:
+    """MAML on your own pictures, a folder for each class: name theirs by --data-dir.
+
+    Size, color, model and inner loop are those of the paper for mini-ImageNet (Finn et al., 2017), on the mean loss.
+    """
+    return Config(
+        recipe="image-folder-maml",
+        algorithm_options=InnerLoop(inner_lr=0.01, num_inner_steps=5),
+        model_options=Conv4Options(num_filters=32, downsample="pool"),
+        task_options=ImageTaskOptions(dataset="image_folder", image_size=84, color=True),
+        outer=Outer(num_outer_steps=1000, meta_batch_size=4),
+        evaluation=Evaluation(num_eval_steps=10, num_test_episodes=600),
     )
 
 
@@ -59,11 +83,11 @@ def sinusoid_maml_5s() -> Config:
         recipe="sinusoid-maml-5s",
         algorithm_options=InnerLoop(inner_lr=0.01, num_inner_steps=1),
         model="mlp",
-        model_options=Mlp(),
+        model_options=MlpOptions(),
         objective="regression",
         tasks="sinusoid",
-        task_options=Sinusoid(num_shots=5, num_queries=10),
-        outer=Outer(num_outer_steps=70_000, meta_batch_size=25, reduction_chunk=25),  # too small to share,
+        task_options=SinusoidOptions(num_shots=5, num_queries=10),
+        outer=Outer(num_outer_steps=70_000, meta_batch_size=25, reduction_chunk=25),  # too little to share
         evaluation=Evaluation(
             num_eval_steps=10,
             val_every=5000,
@@ -78,5 +102,5 @@ def sinusoid_maml_5s() -> Config:
 
 RECIPES: dict[str, Callable[[], Config]] = {
     recipe.__name__.replace("_", "-"): recipe
-    for recipe in (glyphs_maml_5w1s, omniglot_maml_5w1s, omniglot_maml_5w5s, sinusoid_maml_5s)
+    for recipe in (glyphs_maml_5w1s, omniglot_maml_5w1s, omniglot_maml_5w5s, image_folder_maml, sinusoid_maml_5s)
 }

@@ -3,12 +3,13 @@
 import json
 import time
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
-from distmaml import build, checkpoint, config, paths
-from distmaml.config import Config
+from distmaml import build, checkpoint, paths
+from distmaml.config import Config, changes, to_json
 from distmaml.errors import RunError
 from distmaml.files import write_text
 from distmaml.segments import SegmentWriter
@@ -19,12 +20,12 @@ PROGRESS_SECONDS = 1.0
 class Recorder:
     """Writes the files of one training run; on rank 0 only."""
 
-    def __init__(self, settings: Config, restored_step: int, *, shapes: Mapping[str, Any]) -> None:
-        self._settings, self._folder = settings, paths.run_folder(settings)
+    def __init__(self, config: Config, restored_step: int, *, shapes: Mapping[str, Any]) -> None:
+        self._folder = paths.run_folder(config)
         self._origin = {
-            "config": config.to_json(settings),
+            "config": to_json(config),
             "shapes": dict(shapes),
-            "dataset": build.dataset_record(settings),
+            "dataset": build.dataset_record(config),
         }
         self._segments = SegmentWriter(paths.metrics(self._folder), restored_step)
         self._shown = 0.0
@@ -35,11 +36,11 @@ class Recorder:
         self._segments.put(step, values)
         self._latest.update(values)
 
-    def progress(self, step: int) -> None:
-        """Says how far the run is, at most once a second."""
-        if time.monotonic() - self._shown >= PROGRESS_SECONDS or step == self._settings.outer.num_outer_steps:
+    def progress(self, step: int, *, last: bool) -> None:
+        """Says how far the run is: at the end, and before that at most once a second."""
+        if last or time.monotonic() - self._shown >= PROGRESS_SECONDS:
             self._shown = time.monotonic()
-            write_text(self._folder / "progress.json", json.dumps({"step": step, **self._latest}))
+            write_text(paths.progress(self._folder), json.dumps({"step": step, **self._latest}))
 
     def checkpoint(self, step: int, tensors: Mapping[str, Tensor], document: Mapping[str, Any]) -> None:
         """Commits the points up to a step together with the state after it."""
@@ -53,31 +54,48 @@ class Recorder:
         checkpoint.save(paths.model(self._folder), tensors, {"step": step, **self._origin, **document})
 
 
-def check_origin(document: Mapping[str, Any], settings: Config) -> None:
+def file_of(run: Path, step: int | None) -> Path:
+    """The best model of a run, or its checkpoint after an outer step."""
+    return paths.model(run) if step is None else checkpoint.path_of(paths.checkpoints(run), step)
+
+
+def check_origin(document: Mapping[str, Any], config: Config) -> None:
     """Refuses to go on from a checkpoint that other settings or other data have made.
 
     Raises:
       RunError: naming what differs.
     """
-    differences = config.changes(document["config"], settings)
+    check_settings(document["config"], config)
+    check_data(document, config)
+
+
+def check_settings(before: Mapping[str, Any], config: Config) -> None:
+    """Refuses to go on with a run under other settings, where they decide its result.
+
+    Args:
+      before: what `config.to_json` gave of the earlier ones.
+
+    Raises:
+      RunError: naming what differs.
+    """
+    differences = changes(before, config)
     if differences:
         raise RunError(
-            f"the run {settings.run.name!r} cannot go on with {', '.join(differences)}. Take the old values or another "
+            f"the run {config.run.name!r} cannot go on with {', '.join(differences)}. Take the old values or another "
             "--name."
         )
-    check_data(document, settings)
 
 
-def check_data(document: Mapping[str, Any], settings: Config) -> None:
+def check_data(document: Mapping[str, Any], config: Config) -> None:
     """Refuses data that are not those that a checkpoint or a model was trained on: classes could change their split.
 
     Raises:
       RunError: naming both hashes.
     """
-    before, now = document["dataset"] or {}, build.dataset_record(settings) or {}
+    before, now = document["dataset"] or {}, build.dataset_record(config) or {}
     for key in ("content_hash", "split_hash"):
         if before.get(key) != now.get(key):
             raise RunError(
-                f"the run {settings.run.name!r} was trained on data with {key} {str(before.get(key))[:12]}, and now "
+                f"the run {config.run.name!r} was trained on data with {key} {str(before.get(key))[:12]}, and now "
                 f"it is {str(now.get(key))[:12]}. Bring the old store back, or train again under another --name."
             )

@@ -3,8 +3,8 @@
 import csv
 import io
 import json
+import math
 import subprocess
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,43 +12,37 @@ import numpy as np
 
 from distmaml import build, paths, pictures
 from distmaml.adapter import load
-from distmaml.config import Config, ImageTasks, is_custom, to_json
+from distmaml.config import Config, ImageTaskOptions, is_custom, to_json
 from distmaml.files import write_text
+from distmaml.recipes import RECIPES
+from distmaml.scoring import Evaluated, Intervals
 from distmaml.segments import committed_segments, read_points
+from distmaml.tasks.images import ImageTasks
 from distmaml.trees import tree_index
-
-Scores = Mapping[str, Mapping[str, list[Any]]]
-"""Batch-norm mode -> metric -> mean and half width of the 95 % interval after each inner step."""
-
 
 # --------------------------------------------------------------------------------------------- figures
 
 
-def num_episodes(config: Config, split: str) -> int:
-    """How many episodes of a split an evaluation looks at."""
-    return config.evaluation.num_val_episodes if split == "val" else config.evaluation.num_test_episodes
-
-
 def data_of(config: Config, split: str) -> str:
     """What the episodes of a split are made of, and whether training has seen it."""
-    if isinstance(config.task_options, ImageTasks) and config.task_options.split_by == "samples":
+    if isinstance(config.task_options, ImageTaskOptions) and config.task_options.split_by == "samples":
         return f"the {split} pictures of classes that training has seen (split_by samples)"
     return f"the {split} split, which training never saw"
 
 
-def metrics_of(scores: Scores, *, prefix: str = "test") -> dict[str, float]:
+def metrics_of(scores: Intervals, *, prefix: str = "test") -> dict[str, float]:
     """The flat metrics of an evaluation, as MLflow gets them; the inductive ones under ``test_inductive/``."""
     flat = {}
     for mode, metrics in scores.items():
         group = prefix if mode == "transductive" else f"{prefix}_{mode}"
         for metric, intervals in metrics.items():
-            flat.update({f"{group}/{metric}_step_{k}": value[0] for k, value in enumerate(intervals)})
+            flat.update({f"{group}/{metric}_step_{k}": value.mean for k, value in enumerate(intervals)})
             flat[f"{group}/{metric}"], flat[f"{group}/{metric}_interval"] = intervals[-1]
     return flat
 
 
 def write_evaluation(
-    config: Config, folder: Path, found: Mapping[str, Any], *, split: str = "test", name: str = "evaluation-test"
+    config: Config, folder: Path, found: Evaluated, *, split: str = "test", name: str = "evaluation-test"
 ) -> list[Path]:
     """Writes an evaluation as JSON, with everything that decides its figures beside them, and as CSV.
 
@@ -59,34 +53,35 @@ def write_evaluation(
     record = {
         "run": config.run.name,
         "recipe": config.recipe,
+        "overrides": _overrides(config),
         "commit": _commit(),
         "split": split,
         "data": data_of(config, split),
         "dataset": build.dataset_record(config),
-        "outer_steps": found["step"],
-        "num_episodes": num_episodes(config, split),
+        "outer_steps": found.step,
+        "num_episodes": config.evaluation.num_episodes(split),
         "first_episode": 0,
         "interval": "1.96 * standard deviation / sqrt(num_episodes)",
         "config": to_json(config),
         "scores": {
-            mode: {metric: [{"mean": v[0], "half_width": v[1]} for v in values] for metric, values in metrics.items()}
-            for mode, metrics in found["modes"].items()
+            mode: {metric: [value._asdict() for value in values] for metric, values in metrics.items()}
+            for mode, metrics in found.scores.items()
         },
     }
     json_file, csv_file = folder / f"{name}.json", folder / f"{name}.csv"
-    write_text(json_file, json.dumps(record, indent=2) + "\n")
+    write_text(json_file, json.dumps(_finite(record), indent=2, allow_nan=False) + "\n")
     rows = io.StringIO()
     writer = csv.writer(rows, lineterminator="\n")
     writer.writerow(["batch_norm", "metric", "inner_step", "mean", "half_width_95"])
-    for mode, metrics in found["modes"].items():
+    for mode, metrics in found.scores.items():
         for metric, values in metrics.items():
             writer.writerows([mode, metric, k, *value] for k, value in enumerate(values))
     write_text(csv_file, rows.getvalue())
     return [json_file, csv_file]
 
 
-def table(scores: Scores) -> str:
-    """An evaluation as a table to print: a row an inner step, a column a batch-norm mode and metric."""
+def table(scores: Intervals) -> str:
+    """An evaluation as a table to print: one row per inner step, one column per batch-norm mode and metric."""
     columns = [(mode, metric) for mode, metrics in scores.items() for metric in metrics]
     num_steps = len(next(iter(next(iter(scores.values())).values())))
     head = ["inner step", *(f"{metric} ({mode})" for mode, metric in columns)]
@@ -103,9 +98,27 @@ def table(scores: Scores) -> str:
     return "\n".join("  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in rows)
 
 
+def _overrides(config: Config) -> dict[str, Any]:
+    """The fields that differ from those of the recipe."""
+    usual = to_json(RECIPES[config.recipe]()) if config.recipe in RECIPES else {}
+    where = ("name", "output_dir", "data_dir", "resume")
+    return {k: v for k, v in to_json(config).items() if k not in where and v != usual.get(k)}
+
+
+def _finite(value: Any) -> Any:
+    """The value with null for every NaN or infinity, which JSON does not have."""
+    if isinstance(value, dict):
+        return {key: _finite(entry) for key, entry in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(entry) for entry in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
 def _commit() -> str | None:
     """The commit of the code that runs, with "+" behind it where the checkout was changed; None outside one."""
     try:
+        if _git("ls-files", "--error-unmatch", Path(__file__).name).returncode:
+            return None  # installed into an environment that lies in another repository
         found = _git("rev-parse", "HEAD")
         changes = _git("status", "--porcelain", "--untracked-files=no").stdout.strip()
     except OSError:
@@ -120,9 +133,9 @@ def _git(*words: str) -> "subprocess.CompletedProcess[str]":
 # -------------------------------------------------------------------------------------------- pictures
 
 
-def draw(config: Config, folder: Path, scores: Scores) -> list[Path]:
+def draw(config: Config, folder: Path, scores: Intervals | None) -> list[Path]:
     """The run's pictures: learning curve, adaptation curve, and one episode of the test split."""
-    target, title = folder / "artifacts", config.run.name or ""
+    target, title = paths.artifacts(folder), config.run.name or ""
     files = [target / "learning_curve.png"]
     points: dict[str, tuple[list[int], list[float]]] = {}
     for segment in committed_segments(paths.metrics(folder), -1):
@@ -133,9 +146,10 @@ def draw(config: Config, folder: Path, scores: Scores) -> list[Path]:
                     points[key][1].append(value)
     pictures.learning_curve(files[0], points, title=title)
     if scores:
-        metric = config.evaluation.selection_metric.removeprefix("val/").split("_step_")[0]
+        metric = config.evaluation.selected_quantity.split("_step_")[0]
         curves = {
-            mode: ([v[0] for v in metrics[metric]], [v[1] for v in metrics[metric]]) for mode, metrics in scores.items()
+            mode: ([v.mean for v in metrics[metric]], [v.half_width for v in metrics[metric]])
+            for mode, metrics in scores.items()
         }
         files.append(target / "adaptation_curve.png")
         pictures.adaptation_curve(files[-1], curves, metric=metric, title=title)
@@ -149,10 +163,8 @@ def _draw_episode(config: Config, folder: Path, target: Path, title: str) -> Pat
     task = tree_index(tasks.sample([0]), 0)
     adapted = model.adapt(task.support)
     predictions = adapted.predict(task.query.inputs, transductive=True)
-    if isinstance(config.task_options, ImageTasks):
+    if isinstance(tasks, ImageTasks):
         path = target / "episode.png"
-        classes, _ = tasks.draw([0])  # type: ignore[attr-defined]
-        names = [tasks.class_names[int(c) // tasks.turns] for c in classes[0]]  # type: ignore[attr-defined]
         record = build.dataset_record(config)
         assert record is not None
         pictures.episode_sheet(
@@ -162,7 +174,7 @@ def _draw_episode(config: Config, folder: Path, target: Path, title: str) -> Pat
             task.query.inputs.numpy(),
             task.query.targets.numpy(),
             predictions.argmax(-1).numpy(),
-            class_names=names,
+            class_names=tasks.names_of(0),
             ink=record["ink"],
             title=f"{title}: test episode 0",
         )

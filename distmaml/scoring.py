@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
@@ -12,9 +12,12 @@ from distmaml.algorithms import Algorithm, MetaParams
 from distmaml.engine import stack_over_tasks
 from distmaml.episodes import Episode, TaskBatch
 from distmaml.objectives import Objective
-from distmaml.trees import Tree, tree_map
+from distmaml.trees import Tree, tree_index, tree_leaves, tree_map
 
-Scores = dict[str, Tensor]
+QUERIES_AT_ONCE = 128
+"""Each is computed with the whole support set beside it, so that they bound the memory."""
+
+Scores: TypeAlias = dict[str, Tensor]
 """Metric -> one value per inner step, ``[num_steps + 1]``; over tasks ``[num_tasks, num_steps + 1]``."""
 
 
@@ -23,6 +26,22 @@ class Interval(NamedTuple):
 
     mean: float
     half_width: float
+
+
+Intervals: TypeAlias = dict[str, dict[str, list[Interval]]]
+"""Batch-norm mode -> metric -> one interval per inner step, from before adaptation on."""
+
+
+class Evaluated(NamedTuple):
+    """A model's scores on the episodes of a split.
+
+    Attributes:
+      step: outer steps that the model was trained for.
+      scores: over all episodes.
+    """
+
+    step: int
+    scores: Intervals
 
 
 def score(
@@ -49,14 +68,18 @@ def score(
         states = algorithm.adapt(meta_params, task.support, num_steps=num_steps)
         scores = {"transductive": _stack([_judge(objective, predict_all(state, task), task) for state in states])}
         if inductive:
-            each = [_judge(objective, _one_at_a_time(algorithm, meta_params, state, task), task) for state in states]
-            scores["inductive"] = _stack(each)
+            scores["inductive"] = _stack([_judge(objective, predict_each(state, task), task) for state in states])
         return scores
 
     def predict_all(state: Tree, task: Episode) -> Tree:
         return algorithm.predict(meta_params, state, task.query.inputs)
 
-    found: dict[str, Scores] = stack_over_tasks(algorithm.adapt, of_task, tasks._replace(key=None), vectorize=vectorize)
+    def predict_each(state: Tree, task: Episode) -> Tree:
+        return predict_one_by_one(algorithm, meta_params, state, task.support.inputs, task.query.inputs)
+
+    found: dict[str, Scores] = stack_over_tasks(
+        algorithm.predict, of_task, tasks._replace(key=None), vectorize=vectorize
+    )
     return found
 
 
@@ -67,18 +90,31 @@ def interval(values: Tensor | Sequence[float]) -> Interval:
     return Interval(float(sample.mean()), half_width)
 
 
-def _one_at_a_time(algorithm: Algorithm, meta_params: MetaParams, state: Tree, task: Episode) -> Tree:
-    """Outputs for the query inputs, each predicted together with the support inputs and nothing else."""
+def predict_one_by_one(
+    algorithm: Algorithm, meta_params: MetaParams, state: Tree, support_inputs: Tree, query_inputs: Tree
+) -> Tree:
+    """Outputs for each query input, predicted together with the support inputs and nothing else.
+
+    Args:
+      state: adapted to the support set, from `algorithm.adapt`.
+      support_inputs: leaves ``[num_support, *input_shape]``.
+      query_inputs: leaves ``[num_queries, *input_shape]``; none is fine.
+
+    Returns:
+      Leaves ``[num_queries, *output_shape]``.
+    """
 
     def predict(item: Tree) -> Tree:
-        together = tree_map(lambda s, q: torch.cat([s, q.unsqueeze(0)]), task.support.inputs, item)
+        together = tree_map(lambda s, q: torch.cat([s, q.unsqueeze(0)]), support_inputs, item)
         return tree_map(lambda leaf: leaf[-1], algorithm.predict(meta_params, state, together))
 
+    size = len(tree_leaves(query_inputs)[0])
+    if size == 0:
+        return tree_map(lambda leaf: leaf[:0], algorithm.predict(meta_params, state, support_inputs))
     try:
-        return vmap(predict)(task.query.inputs)
+        return vmap(predict, chunk_size=QUERIES_AT_ONCE)(query_inputs)
     except (RuntimeError, NotImplementedError):  # a recurrent cell, say, has no batching rule
-        size = len(task.query.targets)
-        outputs = [predict(tree_map(lambda leaf, i=i: leaf[i], task.query.inputs)) for i in range(size)]
+        outputs = [predict(tree_index(query_inputs, i)) for i in range(size)]
         return tree_map(lambda *leaves: torch.stack(leaves), *outputs)
 
 

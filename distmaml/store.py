@@ -30,11 +30,9 @@ import pyarrow as pa
 from distmaml.errors import DataError, first_line, unknown
 from distmaml.files import atomic_file, disk_errors
 from distmaml.remote import local_copy
+from distmaml.splits import SAMPLES, SPLITS
 
 FORMAT_VERSION = 1
-SPLITS = ("train", "val", "test")
-SAMPLES = "samples"
-"""The scheme that every store offers without storing it: all classes in each split, their rows divided."""
 
 _METADATA_KEY = b"distmaml"
 _MAGIC = b"ARROW1"
@@ -359,7 +357,7 @@ _FIELDS: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "source": ("a text", _is_text),
     "licence": ("a text", _is_text),
     "image_shape": ("[channels, height, width]", lambda value: _is_counts(value) and len(value) == 3),
-    "class_names": ("a list of texts", _is_texts),
+    "class_names": ("a list of strings", _is_texts),
     "offsets": ("a list of whole numbers", _is_counts),
     "splits": ("an object of objects of lists of texts", _is_splits),
     "content_hash": ("a text", _is_text),

@@ -32,6 +32,11 @@ def tree_names(tree: Tree) -> list[str]:
             for path, _ in paths]  # fmt: skip
 
 
+def named_leaves(tree: Tree) -> dict[str, Any]:
+    """The leaves by their names."""
+    return dict(zip(tree_names(tree), tree_leaves(tree), strict=True))
+
+
 def tree_add(a: Tree, b: Tree) -> Tree:
     """``a + b``, leaf by leaf."""
     return tree_map(torch.add, a, b)

@@ -32,14 +32,15 @@ def main(model: Path, support: Path, query: Path, output: Path = Path("predictio
         raise DataError(f"--support {support} is not a folder.")
     learner = load(model)
     classes = folders_in(support)
+    shots = [pictures_in(folder) for folder in classes]
+    pictures = learner.read_pictures([file for files in shots for file in files])
     if not 2 <= len(classes) <= learner.num_outputs:
         raise DataError(
             f"{support} has {len(classes)} folders. Give a folder for each class; this model tells 2 to "
             f"{learner.num_outputs} classes apart."
         )
-    shots = [pictures_in(folder) for folder in classes]
     labels = torch.cat([torch.full((len(files),), label) for label, files in enumerate(shots)])
-    adapted = learner.adapt(Batch(learner.read_pictures([file for files in shots for file in files]), labels))
+    adapted = learner.adapt(Batch(pictures, labels))
     queries = pictures_in(query) if query.is_dir() else [query]
     probabilities = adapted.predict(learner.read_pictures(queries))[:, : len(classes)]
     names = [folder.name for folder in classes]

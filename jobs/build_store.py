@@ -8,7 +8,8 @@ import tyro
 from distmaml import build, cli, paths
 from distmaml.config import is_custom
 from distmaml.datasets import ensure_store
-from distmaml.store import SAMPLES, SPLITS, open_store
+from distmaml.splits import SAMPLES, SPLITS
+from distmaml.store import open_store
 
 
 def main(
@@ -32,7 +33,7 @@ def main(
         data_dir=data_dir,
         image_size=image_size,
         color=color,
-        stores_dir=paths.output_dir(output_dir) / "stores",
+        stores_dir=paths.stores(paths.output_dir(output_dir)),
         builder=build.import_attribute(dataset) if is_custom(dataset) else None,
         rebuild=True,
     )

@@ -49,12 +49,11 @@ def main(
     here = {"name": run, "output_dir": output_dir, "address": address, "use_gpu": use_gpu, "tracking_uri": tracking_uri}
     wanted = {name: value for name, value in wanted.items() if value is not None}
     settings = config.override(preflight.settings_of(run, output_dir), {**wanted, **here})
-    found = driver.evaluate(settings, split=split, step=step)
-    data = report.data_of(settings, split)
-    print(f"{run} after {found['step']} outer steps, {found['num_episodes']} episodes of {data}:")
-    print(report.table(found["modes"]))
-    for written in found["files"]:
-        print(written)
+    found, files = driver.evaluate(settings, split=split, step=step)
+    episodes, data = settings.evaluation.num_episodes(split), report.data_of(settings, split)
+    print(f"{run} after {found.step} outer steps, {episodes} episodes of {data}:")
+    print(report.table(found.scores))
+    print(*files, sep="\n")
 
 
 if __name__ == "__main__":

@@ -2,7 +2,7 @@
 
 import sys
 
-from distmaml import cli, driver, report
+from distmaml import cli, driver, paths, report
 
 
 def main() -> int:
@@ -12,10 +12,9 @@ def main() -> int:
     if outcome.scores:
         print(f"\nTest on {config.evaluation.num_test_episodes} episodes of {report.data_of(config, 'test')}:")
         print(report.table(outcome.scores))
-    print(f"\nmodel     {outcome.folder / 'model.safetensors'}")
-    print(f"pictures  {outcome.folder / 'artifacts'}")
-    for line in cli.how_to_compare(config, outcome.view):
-        print(f"compare   {line}")
+    print(f"\nmodel     {paths.model(outcome.folder)}")
+    print(f"pictures  {paths.artifacts(outcome.folder)}")
+    print("\n".join(cli.how_to_compare(outcome)))
     return 0
 
 

@@ -14,6 +14,8 @@ from pathlib import Path
 import psutil
 import pytest
 
+from distmaml.engine import warn_once
+
 REPOSITORY = Path(__file__).parent.parent
 
 
@@ -38,6 +40,12 @@ def _one_thread() -> Iterator[None]:
 
     with one_thread():
         yield
+
+
+@pytest.fixture(autouse=True)
+def _warned_of_nothing() -> None:
+    """What is said once in a process is said once in a test."""
+    warn_once.cache_clear()
 
 
 @pytest.fixture(scope="session")

@@ -105,7 +105,7 @@ def test_a_write_that_fails_leaves_the_old_file_and_nothing_else(path: Path) -> 
     assert sorted(p.name for p in path.parent.iterdir()) == ["folder.safetensors", "one.safetensors"]
 
 
-def test_newest_is_the_highest_step_that_is_whole(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_newest_is_the_highest_step_that_is_whole(tmp_path: Path) -> None:
     assert checkpoint.newest(tmp_path) is None
     for step in (9, 10, 100):
         checkpoint.save(checkpoint.path_of(tmp_path, step), TENSORS, {"step": step})
@@ -113,13 +113,20 @@ def test_newest_is_the_highest_step_that_is_whole(tmp_path: Path, caplog: pytest
     broken = checkpoint.path_of(tmp_path, 100)
     broken.write_bytes(broken.read_bytes()[:-1])
     assert checkpoint.newest(tmp_path) == 10
-    assert "Going back to an older checkpoint" in caplog.text
-    assert checkpoint.steps(tmp_path) == [9, 10]
-    assert broken.with_suffix(".damaged").exists()  # set aside, not deleted
+    assert checkpoint.steps(tmp_path) == [9, 10, 100]  # looking changes nothing
+
+
+def test_a_checkpoint_of_another_format_is_not_passed_over(tmp_path: Path) -> None:
+    checkpoint.save(checkpoint.path_of(tmp_path, 9), TENSORS, {"step": 9})
+    later = checkpoint.path_of(tmp_path, 10)
+    safetensors.torch.save_file({"w": torch.zeros(1)}, later, {"distmaml": json.dumps({"format": 99})})
+    with pytest.raises(CheckpointError, match="format 99"):
+        checkpoint.newest(tmp_path)
 
 
 def test_a_folder_of_damaged_checkpoints_is_no_fresh_start(tmp_path: Path) -> None:
     for step in (5, 10):
         checkpoint.path_of(tmp_path, step).write_bytes(b"x")
-    with pytest.raises(CheckpointError, match=r"all checkpoints in .* are damaged"):
-        checkpoint.newest(tmp_path)
+    for _ in range(2):
+        with pytest.raises(CheckpointError, match=r"all checkpoints in .* are damaged"):
+            checkpoint.newest(tmp_path)

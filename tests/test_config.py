@@ -5,14 +5,18 @@ import dataclasses
 import itertools
 import json
 import math
+import re
+import typing
 from pathlib import Path
 from typing import Any, cast
 
 import pytest
 
 from distmaml import config as module
-from distmaml.config import OPTIONS, Config, check, flatten, from_json, override, to_json
+from distmaml import limits
+from distmaml.config import OPTIONS, Cluster, Config, Evaluation, Outer, Run, flatten, from_json, override, to_json
 from distmaml.errors import ConfigError
+from distmaml.limits import check
 from distmaml.recipes import RECIPES
 
 CUSTOM = {"algorithm": "mine:algorithm", "model": "mine:model", "tasks": "mine:tasks"}
@@ -134,6 +138,17 @@ POSITIVE = [
     "meta_batch_size", "reduction_chunk", "num_workers", "num_eval_steps", "log_every", "checkpoint_every",
     "num_val_episodes", "patience",
 ]  # fmt: skip
+
+
+def test_every_number_has_its_limits() -> None:
+    kinds = [kind for table, custom in OPTIONS.values() for kind in (*table.values(), custom)]
+    groups = [*kinds, Outer, Evaluation, Run, Cluster]
+    hints = {name: str(hint) for kind in groups for name, hint in typing.get_type_hints(kind).items()}
+    numbers = {name for name, hint in hints.items() if re.search(r"\b(int|float)\b", hint) and "dict" not in hint}
+    assert numbers - limits.POSITIVE - limits.NOT_NEGATIVE - limits.POSITIVE_RATES == {
+        "final_lr_fraction", "hidden_sizes",  # which are looked at one by one
+    }  # fmt: skip
+    assert not limits.POSITIVE & limits.NOT_NEGATIVE | limits.POSITIVE_RATES & (limits.POSITIVE | limits.NOT_NEGATIVE)
 
 
 @pytest.mark.parametrize("name", POSITIVE)

@@ -22,6 +22,7 @@ from PIL import Image
 from distmaml import checkpoint, driver, launch, ray_cluster
 from distmaml.config import Config, override
 from distmaml.errors import (
+    CheckpointError,
     ClusterError,
     ConfigError,
     DataError,
@@ -137,6 +138,9 @@ def test_a_run_is_one_finished_mlflow_run_with_all_that_belongs_to_it(output_dir
     }
     record = json.loads((outcome.folder / "evaluation-test.json").read_text())
     assert record["num_episodes"] == 4
+    assert record["overrides"]["num_filters"] == 4
+    assert "inner_lr" not in record["overrides"], "that of the recipe"
+    assert record["commit"] is None or re.fullmatch(r"[0-9a-f]{40}\+?", record["commit"])
     assert record["dataset"]["content_hash"].startswith(data.dataset.digest)
     mean = record["scores"]["transductive"]["query_accuracy"][-1]["mean"]
     assert run.data.metrics["test/query_accuracy"] == pytest.approx(mean)
@@ -146,14 +150,13 @@ def test_a_run_is_one_finished_mlflow_run_with_all_that_belongs_to_it(output_dir
 def test_an_evaluation_joins_the_run_that_it_is_about(output_dir: Path) -> None:
     config = sinusoid(output_dir)
     driver.train(config)
-    found = driver.evaluate(override(config, {"num_test_episodes": 6}), split="test", step=2)
+    found, files = driver.evaluate(override(config, {"num_test_episodes": 6}), split="test", step=2)
 
     stem = f"evaluation-test-6-episodes-{config.evaluation.num_eval_steps}-steps-at-2"
-    assert found["step"] == 2
-    assert found["num_episodes"] == 6
+    assert found.step == 2
     with pytest.raises(ConfigError, match=r"step=77 has no checkpoint; there are those of 2, 4\."):
         driver.evaluate(config, split="test", step=77)
-    assert [file.name for file in found["files"]] == [f"{stem}.json", f"{stem}.csv"]
+    assert [file.name for file in files] == [f"{stem}.json", f"{stem}.csv"]
     (run,) = mlflow_runs(output_dir)
     assert run.info.status == "FINISHED"
     assert f"evaluation/{stem}.json" in artifacts(output_dir, run)
@@ -161,7 +164,56 @@ def test_an_evaluation_joins_the_run_that_it_is_about(output_dir: Path) -> None:
     assert len(logged_steps(output_dir, run, "test/query_loss")) == 1, "the score of the result is still the only one"
 
 
+@pytest.mark.usefixtures("locally")
+def test_a_picture_that_fails_does_not_make_a_failure_of_the_run(
+    output_dir: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def draw(*_: Any) -> None:
+        raise ValueError("no such font")
+
+    monkeypatch.setattr("distmaml.report.draw", draw)
+    outcome = driver.train(sinusoid(output_dir))
+    assert outcome.scores is not None
+    assert "The pictures could not be drawn (ValueError: no such font" in caplog.text
+    assert [run.info.status for run in mlflow_runs(output_dir)] == ["FINISHED"]
+
+
+@pytest.mark.usefixtures("locally")
+def test_a_run_keeps_to_the_pictures_that_it_began_with(output_dir: Path, tmp_path: Path) -> None:
+    for number, name in enumerate(["cat", "dog"]):
+        (tmp_path / "pets" / name).mkdir(parents=True)
+        for index in range(15):
+            pixels = np.random.default_rng([number, index]).integers(0, 256, (8, 8), dtype=np.uint8)
+            Image.fromarray(pixels).save(tmp_path / "pets" / name / f"{index}.png")
+    pets = {"dataset": "image_folder", "data_dir": tmp_path / "pets", "split_by": "samples", "num_ways": 2}
+    config = glyphs(output_dir, **pets, image_size=8, num_queries=1, num_eval_queries=1)
+    driver.train(config)
+    (tmp_path / "pets" / "cat" / "15.png").symlink_to(tmp_path / "pets" / "cat" / "0.png")
+    longer = driver.train(override(config, {"resume": True, "num_outer_steps": 6}))
+    assert longer.metrics["step"] == 6
+    shutil.rmtree(tmp_path / "pets")
+    found, _ = driver.evaluate(config, split="val", step=4)
+    assert found.step == 4
+
+
 # ------------------------------------------------------------------------------------- names and resumption
+
+
+@pytest.mark.usefixtures("locally")
+def test_a_run_goes_on_in_the_mlflow_that_has_it(output_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = sinusoid(output_dir)
+    driver.train(config)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:9")
+    outcome = driver.train(override(config, {"resume": True, "num_outer_steps": 6}))
+    assert outcome.server is None
+    (run,) = mlflow_runs(output_dir)
+    assert logged_steps(output_dir, run, "train/query_loss") == [1, 2, 3, 4, 5, 6]
+
+
+@pytest.mark.usefixtures("locally")
+def test_workers_without_work_are_told_of(output_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    driver.train(sinusoid(output_dir, num_workers=3))
+    assert "3 workers, but a step has 2 chunks of 1 task: the others have nothing to do" in capsys.readouterr().err
 
 
 @pytest.mark.usefixtures("locally")
@@ -203,7 +255,7 @@ def test_a_run_that_was_killed_in_its_test_is_tested_when_resumed(
             driver.train(config)
     assert [run.info.status for run in mlflow_runs(output_dir)] == ["KILLED"]
     outcome = driver.train(override(config, {"resume": True}))
-    assert "transductive" in outcome.scores
+    assert outcome.scores is not None
     assert [run.info.status for run in mlflow_runs(output_dir)] == ["FINISHED"]
 
 
@@ -215,6 +267,7 @@ def test_a_run_that_stopped_early_says_so_when_it_is_resumed(output_dir: Path) -
     assert outcome.metrics["step"] == 4
     with pytest.raises(RunError, match=r"stopped early after 4 outer steps.*--patience"):
         driver.train(override(config, {"resume": True}))
+    assert driver.train(override(config, {"resume": True, "patience": 2})).metrics["step"] == 6
 
 
 @pytest.mark.usefixtures("locally")
@@ -231,9 +284,12 @@ def test_a_run_without_a_checkpoint_starts_anew_under_its_name(output_dir: Path)
 def test_a_run_whose_checkpoints_are_all_damaged_is_not_deleted(output_dir: Path) -> None:
     outcome = driver.train(sinusoid(output_dir))
     for file in (outcome.folder / "checkpoints").iterdir():
-        file.rename(file.with_suffix(".damaged"))
-    with pytest.raises(RunError, match=r"'sine' exists in .*, with a model or damaged checkpoints.*--name"):
-        driver.train(sinusoid(output_dir))
+        file.write_bytes(b"damaged")
+    for _ in range(2):
+        with pytest.raises(CheckpointError, match=r"all checkpoints in .* are damaged"):
+            driver.train(sinusoid(output_dir, resume=True, num_outer_steps=6))
+        with pytest.raises(RunError, match=r"'sine' exists in .*--name"):
+            driver.train(sinusoid(output_dir))
     assert (outcome.folder / "model.safetensors").exists()
 
 
@@ -258,7 +314,8 @@ def test_a_run_in_use_is_not_touched(output_dir: Path) -> None:
 
 @pytest.mark.usefixtures("locally")
 def test_a_run_that_diverges_has_failed_with_a_reason_and_keeps_its_last_checkpoint(output_dir: Path) -> None:
-    config = sinusoid(output_dir, num_outer_steps=40, checkpoint_every=1, outer_lr=1e18, optimizer="sgd", val_every=0)
+    changes = {"num_outer_steps": 40, "checkpoint_every": 1, "optimizer": "sgd", "val_every": 0, "outer_lr": 1e18}
+    config = sinusoid(output_dir, **changes)
     with pytest.raises(DivergenceError, match=r"no longer finite at outer step \d+.*learning rate"):
         driver.train(config)
     (run,) = mlflow_runs(output_dir)
@@ -269,6 +326,15 @@ def test_a_run_that_diverges_has_failed_with_a_reason_and_keeps_its_last_checkpo
     assert newest is not None
     tensors, _ = checkpoint.load(checkpoint.path_of(folder, newest))
     assert all(tensor.isfinite().all() for name, tensor in tensors.items() if name.startswith("meta_params/"))
+
+
+@pytest.mark.usefixtures("locally")
+def test_parameters_that_overflow_are_never_a_checkpoint(output_dir: Path) -> None:
+    """The loss of the first step is fine, and so is its gradient."""
+    config = sinusoid(output_dir, checkpoint_every=1, outer_lr=1e38, optimizer="sgd", val_every=0)
+    with pytest.raises(DivergenceError, match="parameter_norm is no longer finite at outer step 1"):
+        driver.train(config)
+    assert not list((output_dir / "runs" / "sine").glob("**/*.safetensors"))
 
 
 @pytest.mark.usefixtures("locally")
@@ -299,7 +365,8 @@ def test_a_run_without_mlflow_ends_well(output_dir: Path, monkeypatch: pytest.Mo
     monkeypatch.setattr(TrackedRun, "end", lambda self, status, **_: original(self, status, timeout=1.0))
     config = sinusoid(output_dir, tracking_uri="http://127.0.0.1:9")
     outcome = driver.train(config)
-    assert "transductive" in outcome.scores
+    assert outcome.scores is not None
+    assert outcome.server == "http://127.0.0.1:9"
     kept = [p.step for s in committed_segments(outcome.folder / "metrics", -1) for p in read_points(s)]
     assert sorted({*kept}) == [1, 2, 3, 4], "the points wait in the run's folder"
     assert not (outcome.folder / "tracking" / "sent.json").exists()
@@ -317,6 +384,7 @@ def test_a_run_without_mlflow_ends_well(output_dir: Path, monkeypatch: pytest.Mo
         ({"num_ways": 500}, DataError, "num_ways=500 asks for more classes"),
         ({"objective": "regression"}, ConfigError, r"returns \[5, 5\] for targets \[5\]; broadcasting"),
         ({"rotations": "all"}, ConfigError, "rotations='all' does not suit glyphs"),
+        ({"selection_metric": "val/query_loss"}, ConfigError, "would pick the worst model. Add --selection-mode min"),
         ({"selection_metric": "val/f1"}, ConfigError, "selection_metric='val/f1' is not among"),
         ({"selection_metric": "val/f1", "val_every": 0}, ConfigError, "selection_metric='val/f1' is not among"),
         ({"address": "127.0.0.1:9"}, ClusterError, "no Ray cluster at 127.0.0.1:9"),
@@ -329,7 +397,7 @@ def test_a_run_without_mlflow_ends_well(output_dir: Path, monkeypatch: pytest.Mo
         ({"num_workers": 100_000}, ConfigError, r"num_workers=100000 is more than this machine can carry: \d+"),
         ({"num_inner_steps": 10**8}, ConfigError, "num_inner_steps=100000000 must be 10000 or less"),
         ({"num_eval_steps": 10**8}, ConfigError, "num_eval_steps=100000000 must be 10000 or less"),
-        ({"selection_metric": "val/query_loss_step_2"}, ConfigError, "each also with _step_0 to _step_1"),
+        ({"selection_metric": "val/query_accuracy_step_2"}, ConfigError, "each also with _step_0 to _step_1"),
         ({"patience": 3, "val_every": 0}, ConfigError, "patience=3 counts validations"),
         ({"dataset": "s3://key:secret@b/x.arrow?scheme=http"}, ConfigError, "holds a key.*AWS_ACCESS_KEY_ID"),
         ({"dataset": "omniglott"}, ConfigError, r"did you mean 'omniglot'.*\.arrow.*package\.module:attribute"),
@@ -461,8 +529,8 @@ def test_a_run_prints_what_a_user_wants_to_see_and_no_more(waves: Waves, undistu
         r" *1 .*",
         r"model .*",
         r"pictures .*",
-        r"compare .* make ui",
-        r"compare   http://127\.0\.0\.1:5000/#/experiments/.*viewStateShareKey=distmaml",
+        r"compare   run  DISTMAML_HOME=.* make ui",
+        r"          open http://127\.0\.0\.1:5000/#/experiments/.*viewStateShareKey=distmaml",
     )
     assert len(others) == len(patterns), undisturbed.output
     for line, pattern in zip(others, patterns, strict=True):
@@ -476,19 +544,41 @@ def test_pictures_of_ones_own_train_by_a_relative_path(start_job: StartJob, prep
     """Cats and dogs: two folders, divided by samples. Workers have another working directory than the command."""
     for number, name in enumerate(["cat", "dog"]):
         (tmp_path / "pets" / name).mkdir(parents=True)
-        for index in range(25):
+        for index in range(50):
             pixels = np.random.default_rng([number, index]).integers(0, 256, (20, 30, 3), dtype=np.uint8)
             Image.fromarray(pixels).save(tmp_path / "pets" / name / f"{index}.jpg")
     shutil.copytree(prepared, tmp_path / "output")
     options = (
-        "--dataset image_folder --data-dir pets --color --image-size 16 --split-by samples --num-ways 2 --num-shots 2 "
-        "--num-queries 3 --num-eval-queries 3 --num-outer-steps 2 --meta-batch-size 2 --num-val-episodes 2 --name pets "
+        "--data-dir pets --image-size 16 --split-by samples --num-ways 2 --num-shots 5 --num-queries 5 "
+        "--num-eval-queries 5 --num-outer-steps 2 --meta-batch-size 2 --num-val-episodes 2 --name pets "
         "--num-test-episodes 2 --num-filters 4 --output-dir output"
     )
-    job = start_job("train", "glyphs-maml-5w1s", *options.split(), folder=tmp_path)
+    job = start_job("train", "image-folder-maml", *options.split(), folder=tmp_path)
     assert job.wait() == 0, job.output
     assert "Test on 2 episodes of the test pictures of classes that training has seen (split_by samples):" in job.output
     assert "http://127.0.0.1:5000/#/experiments/" in job.output
+
+    wanted = ["--run", "pets", "--num-episodes", "4", "--output-dir", "output"]
+    scored = start_job("evaluate", *wanted, folder=tmp_path)
+    assert scored.wait() == 0, scored.output
+    lines = scored.output.splitlines()
+    seen = "the test pictures of classes that training has seen (split_by samples)"
+    assert lines[0] == f"pets after 2 outer steps, 4 episodes of {seen}:"
+    assert len([line for line in lines if "+-" in line]) == 11  # before adaptation and after each of 10 steps
+    written = [Path(line) for line in lines if line.endswith((".json", ".csv"))]
+    assert json.loads(written[0].read_text())["num_episodes"] == 4
+
+    (tmp_path / "new").mkdir()
+    shutil.copy(tmp_path / "pets" / "dog" / "7.jpg", tmp_path / "new" / "who.jpg")
+    wanted = ["--model", "output/runs/pets", "--support", "pets", "--query", "new"]
+    adapted = start_job("adapt", *wanted, folder=tmp_path)
+    assert adapted.wait() == 0, adapted.output
+    header, row = (tmp_path / "predictions.csv").read_text().splitlines()
+    assert header == "picture,label,cat,dog"
+    picture, label, *probabilities = row.split(",")
+    assert (picture, label) == ("who.jpg", "cat" if float(probabilities[0]) >= 0.5 else "dog")
+    assert sum(map(float, probabilities)) == pytest.approx(1.0, abs=2e-4)
+    assert f"who.jpg: {label}" in adapted.output
 
 
 @pytest.mark.ray

@@ -4,7 +4,8 @@ import pytest
 import torch
 from torch.func import vmap
 
-from distmaml.episodes import SPLITS, fold_in, random_choice, random_ints, random_uniform, shard, task_keys
+from distmaml.episodes import fold_in, random_choice, random_ints, random_uniform, shard, task_keys
+from distmaml.splits import SPLITS
 
 # --------------------------------------------------------------------------------------- who computes what
 

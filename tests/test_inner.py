@@ -131,7 +131,7 @@ def test_the_linearisation_is_the_gradient_and_the_explicit_hessian(mode: Any) -
     )
     with torch.no_grad(), hvp_mode(mode):
         found = linearize(support_loss, THETA, CONTEXT, 2, needs_grads=True)
-        curvature, context = found.pull_back(unflat(vector))
+        curvature, context = found.transpose(unflat(vector))
     (slope,) = torch.autograd.grad(support_loss(unflat(x := flat(THETA).requires_grad_()), CONTEXT, 2), x)
     assert found.grads is not None
     torch.testing.assert_close(flat(found.grads), slope, rtol=1e-12, atol=1e-12)

@@ -184,7 +184,7 @@ def test_a_truncated_checkpoint_goes_back_to_the_one_before(tmp_path: Path, capl
     newest = checkpoint.path_of(paths.checkpoints(paths.run_folder(damaged)), 15)
     newest.write_bytes(newest.read_bytes()[:-100])
     loop.train(damaged, LocalWorker())
-    assert "Going back to an older checkpoint" in caplog.text
+    assert "Going back to the checkpoint of step 10: newer ones are damaged" in caplog.text
     assert same_bits(state_after(damaged), state_after(straight))
     assert same_bits(state_after(damaged, 15), state_after(straight, 15))
     steps = [point.step for point in points_of(damaged) if "train/query_loss" in point.values]
@@ -320,6 +320,6 @@ def test_data_that_changed_since_the_training_are_not_evaluated(
 def test_evaluation_of_the_validation_split_repeats_the_training_runs_figures(tmp_path: Path) -> None:
     config = waves(tmp_path, "evaluated", num_outer_steps=5)
     values = loop.train(config, LocalWorker())
-    found = loop.evaluate(config, LocalWorker(), split="val", step=5)["modes"]["transductive"]["query_loss"]
+    found = loop.evaluate(config, LocalWorker(), split="val", step=5).scores["transductive"]["query_loss"]
     assert [interval.mean for interval in found] == [values[f"val/query_loss_step_{k}"] for k in range(3)]
     assert values["val/query_loss"] == values["val/query_loss_step_2"]

@@ -13,11 +13,11 @@ from distmaml.algorithms import ALGORITHMS
 from distmaml.config import OPTIONS, Config, flatten, override
 from distmaml.datasets import DATASETS, ensure_store
 from distmaml.engine import ENGINES
-from distmaml.episodes import SPLITS
 from distmaml.models import MODELS
 from distmaml.objectives import classification, initial_params
 from distmaml.outer import chunk_sum, meta_gradient
-from distmaml.store import SAMPLES, open_store
+from distmaml.splits import SAMPLES, SPLITS
+from distmaml.store import open_store
 from distmaml.tasks import TASKS
 from distmaml.trees import tree_add, tree_index, tree_leaves, tree_map, tree_names
 from tests import oracles

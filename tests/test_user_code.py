@@ -10,10 +10,11 @@ import pytest
 import torch
 
 from distmaml import adapter, loop, paths, preflight
-from distmaml.config import Config, check
+from distmaml.config import Config
 from distmaml.datasets import ensure_store
 from distmaml.episodes import Batch
 from distmaml.errors import ConfigError
+from distmaml.limits import check
 from distmaml.worker import LocalWorker
 from tests.runs import waves
 
@@ -48,7 +49,7 @@ def test_model_objective_and_tasks_of_a_user_train_by_their_names(package: str, 
     assert found["step"] == 20
     assert 0 <= found["query_within_half"] <= 1
     assert math.isfinite(found["best/query_loss"])
-    scores = loop.evaluate(config, LocalWorker())["modes"]["transductive"]
+    scores = loop.evaluate(config, LocalWorker()).scores["transductive"]
     assert set(scores) == {"query_loss", "query_within_half"}
 
 
@@ -86,6 +87,11 @@ def test_a_name_that_leads_nowhere_is_refused(package: str, tmp_path: Path, name
         ("def f(**_): return {}['a']", {"model": "theirs:f"}, r"KeyError: 'a' \(.*theirs\.py, line 1\)"),
         ("def f(**_): return {}['a']", {"tasks": "theirs:f"}, r"KeyError: 'a' \(.*theirs\.py, line 1\)"),
         ("def f(**_): return None", {"tasks": "theirs:f"}, r"AttributeError: 'NoneType' object has no"),
+        (
+            "from distmaml import objective\n"
+            "def f(module): return objective(module, lambda a, b: ((a - b).square().mean(), {}), metrics=('hits',))",
+            {"objective": "theirs:f"}, r"objective='theirs:f' names the metrics \['hits'\], and its loss returns \[\]",
+        ),
         ("def f(module): assert False, 'never'", {"objective": "theirs:f"}, r"AssertionError: never \(.*theirs\.py"),
     ],
 )  # fmt: skip
@@ -95,7 +101,7 @@ def test_a_mistake_in_the_users_code_is_one_line_that_says_where(
     (tmp_path / "theirs.py").write_text(code)
     try:
         with pytest.raises(ConfigError, match=said):
-            preflight.rehearse(settings(tmp_path, package, **changes), local=True)
+            preflight.rehearse(settings(tmp_path, package, **changes))
     finally:
         sys.modules.pop("theirs", None)
 

@@ -20,7 +20,16 @@ from distmaml.trees import Tree, tree_add
 
 
 def maml(objective: Objective, *, inner_lr: float, num_inner_steps: int) -> Algorithm:
-    """Exact second-order MAML: the gradient of the query loss at phi_K, with respect to theta."""
+    """Exact second-order MAML (Finn et al., 2017).
+
+    ::
+
+        phi_0 = theta,  phi_{k+1} = phi_k - inner_lr * grad L_support(phi_k)
+        meta-gradient = d L_query(phi_K) / d theta, K = num_inner_steps
+
+    Args:
+      inner_lr: on the mean loss over the support set.
+    """
     rule = sgd(inner_lr)
 
     def adapt(theta: Params, support: Batch, num_steps: int | None = None, key: Tensor | None = None) -> list[Params]:
@@ -38,7 +47,10 @@ def maml(objective: Objective, *, inner_lr: float, num_inner_steps: int) -> Algo
 
 
 def fomaml(objective: Objective, *, inner_lr: float, num_inner_steps: int) -> Algorithm:
-    """First-order MAML: the query gradient at phi_K itself, as if the Hessian in the adjoint were zero."""
+    """First-order MAML (Finn et al., 2017): ``grad L_query(phi_K)``, as if the Hessian in the adjoint were zero.
+
+    An approximation: it ignores how theta moves the path to phi_K. The arguments are those of `maml`.
+    """
     second_order = maml(objective, inner_lr=inner_lr, num_inner_steps=num_inner_steps)
 
     def meta_grad(theta: Params, episode: Episode, step: int) -> tuple[Params, Metrics]:
@@ -50,10 +62,14 @@ def fomaml(objective: Objective, *, inner_lr: float, num_inner_steps: int) -> Al
 
 
 def anil(objective: Objective, *, inner_lr: float, num_inner_steps: int) -> Algorithm:
-    """MAML whose inner loop moves the head alone, on features that the body computes once.
+    """ANIL (Raghu et al., 2020): MAML whose inner loop moves the head alone, on features that the body computes once.
 
     The body costs one pass over support and one over query, forward and backward, whatever the number of inner
     steps. The meta-gradient is exact for head and body: the features are the context of the inner loop.
+    The arguments are those of `maml`.
+
+    Raises:
+      ConfigError: at the first gradient, that the head is the whole model.
     """
     rule = sgd(inner_lr)
     prefix = objective.head + "."

@@ -113,7 +113,7 @@ def _listing(folder: Path) -> Iterator[str]:
     """Name, size and time of the last change of every file below a folder, in a fixed order."""
     try:
         with os.scandir(folder) as scan:
-            entries = sorted(scan, key=lambda entry: entry.name)
+            entries = sorted((e for e in scan if not e.name.startswith(".")), key=lambda entry: entry.name)
         for entry in entries:
             if entry.is_dir():
                 yield f"{entry.name}/\n"

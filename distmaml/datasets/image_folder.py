@@ -23,7 +23,8 @@ from tqdm import tqdm
 
 from distmaml.datasets.images import folders_in, pictures_in, read_image
 from distmaml.errors import ConfigError, DataError
-from distmaml.store import SPLITS, StoreInfo, hash_order, write_store
+from distmaml.splits import SPLITS
+from distmaml.store import StoreInfo, hash_order, write_store
 
 MIN_SPLIT_CLASSES = 2
 """With fewer classes in a split there is nothing to tell apart, and the only scheme is by samples."""
@@ -120,6 +121,7 @@ def _read_table(path: Path) -> dict[str, list[str]]:
                 raise DataError(f"{path} has the columns {rows.fieldnames}; it needs `label`, and may have `filename`.")
             for row in rows:
                 label, filename = row["label"], row.get("filename")
+                label = label and os.path.normpath(label)  # cats/ and cats are one folder
                 if not label or (filename is not None and not filename) or not _is_inside(label, filename or ""):
                     raise DataError(f"{path}, line {rows.line_num}: no usable label and filename in {row}. Mend it.")
                 labels.setdefault(label, []).extend([filename] if filename else [])

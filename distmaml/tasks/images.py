@@ -57,7 +57,7 @@ class ImageTasks:
             )
         self.images, self.split, self.seed = images, split, seed
         self.num_ways, self.num_shots, self.num_queries, self.turns = num_ways, num_shots, num_queries, turns
-        self.class_names = [entry.name for entry in classes]
+        self._names = [entry.name for entry in classes]
         self._counts = torch.tensor([len(entry.rows) for entry in classes])
         self._rows = torch.zeros(len(classes), int(self._counts.max()), dtype=torch.int64)
         for row, entry in zip(self._rows, classes, strict=True):
@@ -80,6 +80,11 @@ class ImageTasks:
             return Batch(part.flatten(1, 2), labels.repeat_interleave(part.shape[2], dim=1))
 
         return Episode(batch(slice(None, self.num_shots)), batch(slice(self.num_shots, None)), fold_in(keys, 2))
+
+    def names_of(self, index: int) -> list[str]:
+        """The names of an episode's classes, in the order of their labels; a class's rotations share its name."""
+        classes, _ = self.draw([index])
+        return [self._names[int(number) // self.turns] for number in classes[0]]
 
     def draw(self, indices: Sequence[int]) -> tuple[Tensor, Tensor]:
         """Classes ``[num_tasks, num_ways]``, counted with their rotations, and store rows

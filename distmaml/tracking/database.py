@@ -58,8 +58,8 @@ def open_tracking(output_dir: Path, tracking_uri: str | None = None) -> Tracking
         damaged, of another MLflow version, or cannot be written.
     """
     database = output_dir.absolute() / "mlflow.db"
-    uri = tracking_uri or os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{database}"
-    if uri == f"sqlite:///{database}":
+    uri = tracking_uri or os.environ.get("MLFLOW_TRACKING_URI") or embedded_uri(output_dir)
+    if uri == embedded_uri(output_dir):
         _ensure_database(database, _artifact_root(database))
         return Tracking(uri, _artifact_root(database))
     try:
@@ -81,6 +81,11 @@ def open_tracking(output_dir: Path, tracking_uri: str | None = None) -> Tracking
     return Tracking(uri.rstrip("/"), reachable=_probe(uri.rstrip("/")))
 
 
+def embedded_uri(output_dir: Path) -> str:
+    """The URI of the database in an output folder."""
+    return f"sqlite:///{output_dir.absolute() / 'mlflow.db'}"
+
+
 def _artifact_root(database: Path) -> str:
     return (database.parent / "mlartifacts").as_uri()
 
@@ -95,7 +100,7 @@ def _without_password(uri: str) -> str:
 def _ensure_database(path: Path, artifact_root: str) -> None:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        # MLflow lets two processes migrate one new file at a time, which leaves it unusable for ever.
+        # MLflow would let two processes migrate one new file at once, which leaves it unusable for ever.
         with FileLock(f"{path}.lock"):
             if not path.exists():
                 _create_database(path, artifact_root)

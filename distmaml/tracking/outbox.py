@@ -20,6 +20,7 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
+from distmaml import paths
 from distmaml.errors import RunError
 from distmaml.files import write_text
 
@@ -80,7 +81,7 @@ class Outbox:
     def __init__(self, run_folder: Path) -> None:
         self.run_folder = run_folder
         self.folder = run_folder / "tracking"
-        self.metrics = run_folder / "metrics"
+        self.metrics = paths.metrics(run_folder)
         self._lock = FileLock(self.folder / "lock", thread_local=False)  # taken by the driver, freed by its uploader
 
     def claim(self) -> None:

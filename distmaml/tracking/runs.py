@@ -229,7 +229,7 @@ def sweep(tracking: Tracking, *, resuming: Path | None = None, silent_seconds: f
       resuming: folder of a run that is about to go on, which is left alone.
 
     Returns:
-      The ids of the marked runs. None are where MLflow cannot be reached.
+      The ids of the marked runs; empty where MLflow cannot be reached.
     """
     if not tracking.reachable:
         return []

@@ -225,6 +225,12 @@ class Uploader:
         self._checked = True
 
     def _find_run(self) -> Run | None:
+        if self._sent is not None:  # its experiment may have another name by now
+            try:
+                return self._mlflow.get_run(self._sent.run_id)
+            except MlflowException as error:
+                if error.error_code not in _PERMANENT:
+                    raise
         experiment = self._mlflow.get_experiment_by_name(self._record.experiment)
         if experiment is None:
             return None

@@ -130,6 +130,14 @@ def test_tables_may_name_folders(data: Path, table: str) -> None:
     assert store.info.class_names == ("a", "b", "c")
 
 
+def test_a_folder_is_one_class_however_it_is_spelled(data: Path) -> None:
+    folders(data, ["a", "b", "c"])
+    for split, names in (("train", "a\nb\n"), ("val", "c\n"), ("test", "./a/\n")):
+        (data / f"{split}.csv").write_text(f"label\n{names}")
+    with pytest.raises(DataError, match=r"class 'a' in test.csv .* in another split"):
+        build(data)
+
+
 def test_a_class_in_two_splits_is_refused(data: Path) -> None:
     flat(data, {"train": ["n01", "n02"], "val": ["n03"], "test": ["n02"]})
     with pytest.raises(DataError, match=r"class 'n02' in test.csv .* in another split"):

@@ -303,6 +303,18 @@ def test_a_start_that_mlflow_refuses_leaves_the_name_free(start: Start, tracking
     assert the_run(tracking).info.status == "FINISHED"
 
 
+def test_a_run_stays_one_when_its_experiment_gets_another_name(start: Start, tracking: Tracking, folder: Path) -> None:
+    train(folder, 1, 10)
+    start().end("FINISHED")
+    experiment = tracking.client().get_experiment_by_name("omniglot")
+    tracking.client().rename_experiment(experiment.experiment_id, "first tries")
+    train(folder, 11, 20)
+    start().end("FINISHED")
+    (run,) = tracking.client().search_runs([experiment.experiment_id])
+    assert len(tracking.client().get_metric_history(run.info.run_id, "train/query_loss")) == 20
+    assert tracking.client().get_experiment_by_name("omniglot") is None
+
+
 def test_a_deleted_run_is_not_quietly_gone_on_with(start: Start, tracking: Tracking) -> None:
     run = start()
     run.end("KILLED", timeout=30)
