@@ -49,7 +49,8 @@ def omniglot_maml_5w1s() -> Config:
 def omniglot_maml_5w5s() -> Config:
     """MAML on Omniglot, 5-way 5-shot (Finn et al., 2017: 99.9 +- 0.1 % after 60,000 steps).
 
-    Made for half an hour on two cores: 32 filters (the paper: 64), twice the outer_lr; else as `omniglot_maml_5w1s`.
+    Made for half an hour on two cores: 32 filters (the paper: 64) and 8 tasks a step (the paper: 32), which at the same
+    number of tasks is far ahead of 32. Else as `omniglot_maml_5w1s`.
     """
     base = omniglot_maml_5w1s()
     return Config(
@@ -57,7 +58,7 @@ def omniglot_maml_5w5s() -> Config:
         algorithm_options=base.algorithm_options,
         model_options=Conv4Options(num_filters=32),
         task_options=ImageTaskOptions(dataset="omniglot", split="maml", num_shots=5, num_queries=5, rotations="all"),
-        outer=Outer(num_outer_steps=2000, meta_batch_size=32, outer_lr=2e-3, schedule="cosine"),
+        outer=Outer(num_outer_steps=7200, meta_batch_size=8, schedule="cosine"),
         evaluation=base.evaluation,
     )
 
