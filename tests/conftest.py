@@ -99,6 +99,13 @@ class Job:
         """The exit status."""
         return self.process.wait(seconds)
 
+    def signal(self, number: signal.Signals) -> None:
+        """SIGINT goes to the whole process group, as from a terminal, any other signal to the command alone."""
+        if number == signal.SIGINT:
+            os.killpg(self.process.pid, number)
+        else:
+            self.process.send_signal(number)
+
     def ray_processes(self) -> list[psutil.Process]:
         """Processes of the command's own Ray cluster that live."""
         found = []

@@ -19,7 +19,7 @@ import safetensors.torch
 import torch
 from PIL import Image
 
-from distmaml import checkpoint, driver, launch, ray_cluster
+from distmaml import checkpoint, driver, experiment, launch, ray_cluster
 from distmaml.config import Config, override
 from distmaml.errors import (
     CheckpointError,
@@ -608,6 +608,9 @@ def test_a_killed_driver_can_be_resumed(waves: Waves, undisturbed: Job) -> None:
     assert again.output.count("\n") == 1
     assert "Go on with it by --resume" in again.output
 
+    experiment.open_tracking(sinusoid(waves.output_dir, name="another"), resuming=None)  # what any command begins with
+    assert waves.mlflow_run("orphan").info.status == "KILLED"
+
     resumed = waves.train("orphan", "--num-workers", "1", "--resume")
     assert resumed.wait() == 0, resumed.output
     assert_same_result(waves.run("orphan"), waves.run("undisturbed"), step=60)
@@ -626,10 +629,10 @@ def test_a_signal_ends_a_run_in_order(waves: Waves, number: signal.Signals) -> N
     job = waves.train(name, "--num-workers", "1")
     job.wait_for(lambda: 10 in waves.steps(name))
     begun = time.monotonic()
-    job.process.send_signal(number)
+    job.signal(number)
     time.sleep(0.5)
     if job.process.poll() is None:
-        job.process.send_signal(number)  # an impatient user
+        job.signal(number)  # an impatient user
     assert job.wait(seconds=120) == 130, job.output
     assert time.monotonic() - begun < end_seconds()
     assert job.output.splitlines()[-1].startswith("stopped"), job.output
@@ -644,7 +647,7 @@ def test_a_signal_ends_a_run_whose_cluster_is_just_starting(waves: Waves) -> Non
     job = waves.train("hasty", "--num-workers", "1")
     job.wait_for(lambda: job.ray_processes())
     begun = time.monotonic()
-    job.process.send_signal(signal.SIGINT)
+    job.signal(signal.SIGINT)
     assert job.wait(seconds=120) == 130, job.output
     assert time.monotonic() - begun < end_seconds()
     assert not re.search("Traceback|Error", job.output), job.output
