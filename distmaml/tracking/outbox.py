@@ -147,12 +147,12 @@ class Outbox:
         """Adds metrics of the run as a whole, without those that it holds already; whether any were new."""
         floats = {key: float(value) for key, value in values.items()}
         told = {
-            (key, record["step"], value)
+            (key, record["step"], str(value))
             for record in self.records()
             if record["kind"] == "metrics"
             for key, value in record["values"].items()
         }
-        new = {key: value for key, value in floats.items() if (key, step, value) not in told}
+        new = {key: value for key, value in floats.items() if (key, step, str(value)) not in told}
         if new:
             self.append("metrics", time.time_ns() // 1_000_000, {"step": step, "values": new})
         return bool(new)

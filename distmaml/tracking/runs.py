@@ -95,9 +95,6 @@ class TrackedRun:
                 if changes:
                     all_tags["distmaml.changed_params"] = "; ".join(changes)
             outbox.write_run(record)
-            outbox.append("started", _now_ms(), {})
-            if earlier is not None:
-                outbox.append("tags", _now_ms(), {"tags": all_tags})
             uploader = Uploader(
                 outbox, tracking, alive=True, poll_seconds=poll_seconds, heartbeat_seconds=heartbeat_seconds
             )
@@ -106,7 +103,12 @@ class TrackedRun:
             except TrackingError:
                 if earlier is None:
                     outbox.forget()
+                else:
+                    outbox.write_run(earlier)
                 raise
+            outbox.append("started", _now_ms(), {})
+            if earlier is not None:
+                outbox.append("tags", _now_ms(), {"tags": all_tags})
             uploader.start()
         except BaseException:
             outbox.release()

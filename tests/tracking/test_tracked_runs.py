@@ -270,13 +270,14 @@ def test_an_artifact_store_that_fails_does_not_hold_up_the_end(
 
 def test_last_metrics_told_again_after_a_crash_are_logged_once(start: Start, tracking: Tracking) -> None:
     run = start()
-    run.add_metrics(100, {"test/query_accuracy": 0.9})
+    run.add_metrics(100, {"test/query_accuracy": 0.9, "test/query_loss": float("nan")})
     run.end("KILLED", timeout=30)
     again = start()
-    again.add_metrics(100, {"test/query_accuracy": 0.9, "best/query_accuracy": 0.95})
+    again.add_metrics(100, {"test/query_accuracy": 0.9, "test/query_loss": float("nan"), "best/query_accuracy": 0.95})
     again.end("FINISHED", timeout=30)
     client, run_id = tracking.client(), str(run.run_id)
     assert steps(client, run_id, "test/query_accuracy") == [100]
+    assert steps(client, run_id, "test/query_loss") == [100]
     assert steps(client, run_id, "best/query_accuracy") == [100]
 
 
@@ -315,12 +316,13 @@ def test_a_run_stays_one_when_its_experiment_gets_another_name(start: Start, tra
     assert tracking.client().get_experiment_by_name("omniglot") is None
 
 
-def test_a_deleted_run_is_not_quietly_gone_on_with(start: Start, tracking: Tracking) -> None:
+def test_a_deleted_run_is_not_quietly_gone_on_with(start: Start, tracking: Tracking, folder: Path) -> None:
     run = start()
     run.end("KILLED", timeout=30)
     tracking.client().delete_run(run.run_id)
     with pytest.raises(TrackingError, match="mlflow runs restore"):
         start()
+    assert Outbox(folder).has_ended(), "how it ended stays known"
 
 
 # --------------------------------------------------------------------------------------------------- death
