@@ -1,4 +1,4 @@
-# Two commands do all the set-up: `make train` and `make test`. CONTRIBUTING.md says the rest.
+# `make train` and `make test` do all the set-up themselves. CONTRIBUTING.md says the rest.
 PYTHON ?= python3.11
 BIN := .venv/bin
 DISTMAML_HOME ?= $(HOME)/distmaml
@@ -32,13 +32,11 @@ check: .venv/installed
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
-	$(BIN)/pytest -q -m 'not ray'
+	$(BIN)/pytest -q -m 'not ray' -n 2 --dist loadfile
 
-test: .venv/installed
-	$(BIN)/ruff check
-	$(BIN)/ruff format --check
-	$(BIN)/mypy
-	$(BIN)/pytest -q
+# One after the other: each of the rest wants all cores for itself.
+test: check
+	$(BIN)/pytest -q -m ray
 
 clean:
 	rm -rf .venv .mypy_cache .ruff_cache .pytest_cache

@@ -37,7 +37,7 @@ from distmaml.segments import committed_segments, read_points
 from distmaml.trees import tree_to
 from distmaml.worker import LocalWorker
 
-STEPS = 12
+STEPS = 16
 
 
 class _Rank(LocalWorker):
