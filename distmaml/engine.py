@@ -29,10 +29,10 @@ class Engine(NamedTuple):
 
     def __str__(self) -> str:
         tasks = "tasks side by side" if self.vectorize else "one task after the other"
-        return f"{tasks}, {self.hvp} over reverse"
+        return f"{tasks}, {'forward' if self.hvp == 'forward' else 'reverse'} over reverse"
 
 
-ENGINES = (Engine(True, "forward"), Engine(True, "reverse"), Engine(False, "reverse"), Engine(False, "forward"))
+ENGINES = (Engine(True, "forward"), Engine(True, "reverse"), Engine(False, "graph"), Engine(False, "forward"))
 """In the order in which they are tried. Side by side, forward derivatives store nothing for each task; one task after
 the other, a second backward pass is the faster, and forward derivatives are for modules that have none."""
 

@@ -13,13 +13,13 @@ Notation, as in Finn et al. (2017):
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
-from typing import Literal, NamedTuple, TypeAlias
+from typing import Any, Literal, NamedTuple, TypeAlias
 
 import torch
-from torch import Tensor
-from torch.func import grad, jvp, vjp
+from torch import Tensor, func
+from torch.func import jvp, vjp
 
-from distmaml.trees import Tree, tree_add, tree_leaves, tree_map
+from distmaml.trees import Tree, tree_add, tree_leaves, tree_map, tree_unflatten
 
 Params: TypeAlias = dict[str, Tensor]
 Metrics: TypeAlias = dict[str, Tensor]
@@ -101,7 +101,7 @@ def descend(
     """Runs `num_steps` inner steps; returns ``[phi_0, ..., phi_K]``."""
     trajectory = [params]
     for k in range(num_steps):
-        grads = grad(loss_fn)(trajectory[-1], context, k)
+        grads = gradient(loss_fn, trajectory[-1], context, k)
         trajectory.append(rule.step(rule_params, trajectory[-1], grads, k))
     return trajectory
 
@@ -185,18 +185,20 @@ def pull_back(
     )
 
 
-HvpMode: TypeAlias = Literal["forward", "reverse"]
+HvpMode: TypeAlias = Literal["forward", "reverse", "graph"]
 _hvp_mode: ContextVar[HvpMode] = ContextVar("hvp_mode", default="forward")
 
 
 @contextmanager
 def hvp_mode(mode: HvpMode) -> Iterator[None]:
-    """How the gradient is differentiated inside this block. Both ways are exact.
+    """How the gradient is differentiated inside this block. All ways are exact.
 
     forward: forward over reverse; it stores nothing, so side by side, where every task would store its own
     activations, it is the leaner. reverse: reverse over reverse, for modules with an operator that has no forward
-    derivative (`F.mse_loss` is one), and one task after the other, where torch's second backward of convolutions and
-    batch norm takes two thirds of the time of their forward derivatives (Conv4, one CPU thread).
+    derivative (`F.mse_loss` is one). graph: the same on one graph of torch.autograd, which cannot stand inside vmap,
+    for one task after the other: torch's second backward of convolutions and batch norm takes two thirds of the time
+    of their forward derivatives, and what torch.func puts around each operator is another tenth and more (Conv4, one
+    CPU thread).
     """
     token = _hvp_mode.set(mode)
     try:
@@ -205,19 +207,64 @@ def hvp_mode(mode: HvpMode) -> Iterator[None]:
         _hvp_mode.reset(token)
 
 
+def gradient(loss_fn: Callable[..., Tensor], params: Params, *arguments: Any) -> Params:
+    """The gradient of ``loss_fn(params, *arguments)`` with respect to `params`."""
+    return gradient_and_value(lambda params: (loss_fn(params, *arguments), ()), params)[0]
+
+
+def gradient_and_value(loss_fn: Callable[[Params], tuple[Tensor, Any]], params: Params) -> tuple[Params, Any]:
+    """The gradient of the first thing that `loss_fn` returns, and both things."""
+    if _hvp_mode.get() != "graph":
+        grads, returned = func.grad_and_value(loss_fn, has_aux=True)(params)
+        return grads, returned
+    with torch.enable_grad():
+        leaves = _leaves(params)
+        returned = loss_fn(leaves)
+        return _backward(returned[:1], leaves), tree_map(Tensor.detach, returned)
+
+
 def linearize(
     loss_fn: LossFn, params: Params, context: Tree, inner_step: int, *, needs_grads: bool = False
 ) -> Linearization:
     """The gradient of the support loss with respect to `params`, and its derivative, at one point."""
+    if _hvp_mode.get() == "graph":
+        with torch.enable_grad():
+            params, context = _leaves((params, context))
+            grads = _backward([loss_fn(params, context, inner_step)], params, create_graph=True)
+
+        def transpose(vector: Params) -> tuple[Params, Tree]:
+            pulled: tuple[Params, Tree]
+            pulled = _backward(tree_leaves(grads), (params, context), tree_leaves(vector), retain_graph=True)
+            return pulled
+
+        return Linearization(tree_map(Tensor.detach, grads), transpose)
     if _hvp_mode.get() == "reverse":
-        return Linearization(*vjp(lambda params, context: grad(loss_fn)(params, context, inner_step), params, context))
+        at = lambda params, context: func.grad(loss_fn)(params, context, inner_step)  # noqa: E731
+        return Linearization(*vjp(at, params, context))
 
     argnums = (0, 1) if tree_leaves(context) else 0
 
     def pull(vector: Params) -> tuple[Params, Tree]:
         # The Hessian is symmetric: pulling back along its rows is pushing forward along its columns.
-        gradient = lambda params: grad(loss_fn, argnums=argnums)(params, context, inner_step)  # noqa: E731
-        tangent = jvp(gradient, (params,), (vector,))[1]
+        along = lambda params: func.grad(loss_fn, argnums=argnums)(params, context, inner_step)  # noqa: E731
+        tangent = jvp(along, (params,), (vector,))[1]
         return tangent if isinstance(argnums, tuple) else (tangent, context)
 
-    return Linearization(grad(loss_fn)(params, context, inner_step) if needs_grads else None, pull)
+    return Linearization(func.grad(loss_fn)(params, context, inner_step) if needs_grads else None, pull)
+
+
+def _leaves(tree: Tree) -> Tree:
+    return tree_map(lambda leaf: leaf.detach().requires_grad_(), tree)
+
+
+def _backward(
+    outputs: Sequence[Tensor], inputs: Tree, cotangents: Sequence[Tensor] | None = None, **options: bool
+) -> Any:
+    """torch.autograd.grad over a tree, with zeros where no output depends on an input."""
+    found = [i for i, output in enumerate(outputs) if output.requires_grad]
+    if not found:
+        return tree_map(torch.zeros_like, inputs)
+    outputs = [outputs[i] for i in found]
+    cotangents = None if cotangents is None else [cotangents[i] for i in found]
+    grads = torch.autograd.grad(outputs, tree_leaves(inputs), cotangents, materialize_grads=True, **options)
+    return tree_unflatten(inputs, grads)

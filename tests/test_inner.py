@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.func import grad
 from torch.nn import functional as F
 
-from distmaml.inner import Params, descend, descend_vjp, differentiable, hvp_mode, linearize, pull_back, sgd
+from distmaml.inner import Params, descend, descend_vjp, differentiable, gradient, hvp_mode, linearize, pull_back, sgd
 from distmaml.trees import Tree, tree_leaves, tree_map
 
 torch.manual_seed(0)
@@ -58,7 +58,7 @@ def unroll(steps: int, seen: list[int], *, with_context: bool) -> tuple[list[Ten
     return leaves, [torch.zeros_like(leaf) if g is None else g for leaf, g in zip(leaves, found, strict=True)]
 
 
-@pytest.mark.parametrize("mode", ["forward", "reverse"])
+@pytest.mark.parametrize("mode", ["forward", "reverse", "graph"])
 @pytest.mark.parametrize("with_context", [True, False])
 @pytest.mark.parametrize(("steps", "seen"), [(4, [4]), (4, [0, 1, 2, 3, 4]), (3, [1, 3]), (1, [1]), (0, [0])])
 def test_learned_rates_and_several_cotangents_equal_unrolled_autodiff(
@@ -112,7 +112,7 @@ def test_sgd_equals_the_same_rule_by_autodiff() -> None:
         torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-12)
 
 
-@pytest.mark.parametrize("mode", ["forward", "reverse"])
+@pytest.mark.parametrize("mode", ["forward", "reverse", "graph"])
 def test_the_linearisation_is_the_gradient_and_the_explicit_hessian(mode: Any) -> None:
     sizes = [p.numel() for p in THETA.values()]
 
@@ -137,6 +137,21 @@ def test_the_linearisation_is_the_gradient_and_the_explicit_hessian(mode: Any) -
     torch.testing.assert_close(flat(found.grads), slope, rtol=1e-12, atol=1e-12)
     torch.testing.assert_close(flat(curvature), whole[: len(vector), : len(vector)] @ vector, rtol=1e-11, atol=1e-11)
     torch.testing.assert_close(context["shift"], whole[len(vector) :, : len(vector)] @ vector, rtol=1e-11, atol=1e-11)
+
+
+@pytest.mark.parametrize("mode", ["forward", "reverse", "graph"])
+def test_what_a_loss_does_not_depend_on_gets_zeros(mode: Any) -> None:
+    """L = 3 x + c^2: nothing depends on y, the gradient in x depends on nothing, and not on c either."""
+    point = {name: torch.tensor(2.0, dtype=torch.float64) for name in "xy"}
+    vector, context = {name: torch.ones_like(p) for name, p in point.items()}, torch.tensor(5.0, dtype=torch.float64)
+    loss: Any = lambda params, c, k: 3 * params["x"] + c**2  # noqa: E731
+    zeros: Any = {"x": 0.0, "y": 0.0}
+    with torch.no_grad(), hvp_mode(mode):
+        found = linearize(loss, point, context, 0, needs_grads=True)
+        assert gradient(loss, point, context, 0) == found.grads == {**zeros, "x": 3.0}
+        transposed: Any = found.transpose(vector)
+        assert transposed == (zeros, 0.0)
+        assert gradient(lambda params: context, point) == zeros
 
 
 # -------------------------------------------------------------------------------------------------- memory
@@ -184,7 +199,7 @@ def peak_bytes(function: Callable[[int], None], steps: int) -> int:
     return peak
 
 
-@pytest.mark.parametrize("mode", ["forward", "reverse"])
+@pytest.mark.parametrize("mode", ["forward", "reverse", "graph"])
 def test_the_adjoint_keeps_one_copy_of_the_parameters_a_step_and_unrolling_the_activations(mode: Any) -> None:
     few, many = 1, 20
     with hvp_mode(mode):

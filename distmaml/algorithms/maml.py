@@ -9,12 +9,12 @@ MAML", https://arxiv.org/abs/1909.09157.
 from typing import Any
 
 from torch import Tensor
-from torch.func import grad_and_value, vjp
+from torch.func import vjp
 
 from distmaml.algorithms import Algorithm
 from distmaml.episodes import Batch, Episode, fold_in
 from distmaml.errors import ConfigError
-from distmaml.inner import LossFn, Metrics, Params, descend, descend_vjp, sgd
+from distmaml.inner import LossFn, Metrics, Params, descend, descend_vjp, gradient_and_value, sgd
 from distmaml.objectives import Moment, Objective
 from distmaml.trees import Tree, tree_add
 
@@ -127,7 +127,7 @@ def _query_grads(
     def loss(params: Params) -> tuple[Tensor, Metrics]:
         return objective.loss(objective.predict(params, query.inputs, Moment(inner_step, key)), query.targets)
 
-    grads, (value, metrics) = grad_and_value(loss, has_aux=True)(phi)
+    grads, (value, metrics) = gradient_and_value(loss, phi)
     return grads, {"query_loss": value, **{f"query_{name}": metric for name, metric in metrics.items()}}
 
 
