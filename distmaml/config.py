@@ -361,6 +361,22 @@ def from_json(values: Mapping[str, Any]) -> Config:
     return override(config, {name: _typed(name, value, hints[name]) for name, value in values.items()})
 
 
+def parse_field(config: Config, name: str, text: str) -> Any:
+    """A text as the value of a field: ``"1e-3"`` as a float where the field is one; "none" where it may be None.
+
+    Raises:
+      ConfigError: no such field, or a text that is no value of it.
+    """
+    hints = _hints(config)
+    if name not in hints:
+        raise ConfigError(unknown("option", name, hints))
+    try:
+        value = None if text == "none" else json.loads(text)
+    except ValueError:
+        value = text
+    return _typed(name, text if hints[name] is str else value, hints[name])
+
+
 def _hints(config: Any) -> dict[str, Any]:
     hints = {}
     for name, hint in typing.get_type_hints(type(config)).items():

@@ -1,0 +1,168 @@
+"""A search space as data: for each configuration field, which values a search may take.
+
+A domain is written ``kind:...``, the same way on the command line, in a search's file and in MLflow:
+
+    uniform:0.1:2         any number between the two
+    log:1e-3:1            likewise, each power of ten as often as the next
+    log:1e-3:1:4          the same; the fourth part is the number of points that a grid takes
+    int:1:5               whole numbers, both ends among them
+    choice:maml,fomaml    one of these
+
+Configuration `number` of a random search or a grid is a function of (space, seed, number) alone, so a resumed search
+and one on another cluster try the same ones.
+"""
+
+import itertools
+import math
+import random
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal, TypeAlias, get_args
+
+from distmaml.config import Config, flatten, override, parse_field
+from distmaml.errors import ConfigError, unknown
+from distmaml.limits import check
+
+Kind = Literal["uniform", "log", "int", "choice"]
+
+
+@dataclass(frozen=True)
+class Domain:
+    """The values that one field may take."""
+
+    kind: Kind
+    """How they are spread."""
+    low: float = 0.0
+    """The least, for all but a choice."""
+    high: float = 0.0
+    """The greatest, itself among them."""
+    values: tuple[Any, ...] = ()
+    """All of them, for a choice."""
+    num_points: int | None = None
+    """How many of them a grid takes, for uniform and log."""
+
+    def __str__(self) -> str:
+        if self.kind == "choice":
+            return f"choice:{','.join(map(str, self.values))}"
+        points = [] if self.num_points is None else [str(self.num_points)]
+        return ":".join([self.kind, f"{self.low:g}", f"{self.high:g}", *points])
+
+    def at(self, fraction: float) -> Any:
+        """The value that so large a part of the domain lies below, 0 <= fraction <= 1; numbers to four digits."""
+        if self.kind == "choice":
+            return self.values[min(int(fraction * len(self.values)), len(self.values) - 1)]
+        if self.kind == "int":
+            return min(int(self.low + fraction * (self.high - self.low + 1)), int(self.high))
+        if self.kind == "log":
+            between = math.exp(math.log(self.low) + fraction * (math.log(self.high) - math.log(self.low)))
+        else:
+            between = self.low + fraction * (self.high - self.low)
+        return min(max(float(f"{between:.4g}"), self.low), self.high)  # a command line should be readable
+
+    def grid(self, field: str) -> list[Any]:
+        """The values that a grid takes.
+
+        Raises:
+          ConfigError: a range of which nobody says how many points to take.
+        """
+        if self.kind == "choice":
+            return list(self.values)
+        if self.kind == "int":
+            return list(range(int(self.low), int(self.high) + 1))
+        if self.num_points is None:
+            raise ConfigError(
+                f"a grid needs a number of points for {field}: --space {field}={self}:5, or --space "
+                f"{field}=choice:{self.at(0):g},{self.at(1):g}."
+            )
+        return [self.at(i / max(self.num_points - 1, 1)) for i in range(self.num_points)]
+
+
+Space: TypeAlias = dict[str, Domain]
+"""Flat field name -> what it may be."""
+
+
+def parse(config: Config, texts: Mapping[str, str]) -> Space:
+    """The space that texts name: ``{"inner_lr": "log:1e-3:1"}``.
+
+    Raises:
+      ConfigError: a field that the configuration does not have, bounds that are no range, values of another type.
+    """
+    return {field: _domain(config, field, text) for field, text in texts.items()}
+
+
+def _domain(config: Config, field: str, text: str) -> Domain:
+    kind, _, rest = text.partition(":")
+    if kind not in get_args(Kind):
+        raise ConfigError(f"--space {field}={text}: {unknown('kind of range', kind, get_args(Kind))}")
+    if kind == "choice":
+        values = tuple(parse_field(config, field, word) for word in rest.split(",")) if rest else ()
+        if not values or len(set(map(str, values))) < len(values):
+            raise ConfigError(f"--space {field}={text} must name one value or more, each once, with commas between.")
+        return Domain("choice", values=values)
+    words = rest.split(":")
+    most = 2 if kind == "int" else 3
+    if not 2 <= len(words) <= most:
+        raise ConfigError(
+            f"--space {field}={text} is not of the form {kind}:LOW:HIGH{'' if most == 2 else '[:POINTS]'}."
+        )
+    low, high = (parse_field(config, field, word) for word in words[:2])
+    numbers = all(isinstance(bound, int | float) and not isinstance(bound, bool) for bound in (low, high))
+    if not numbers or not (math.isfinite(low) and math.isfinite(high)):
+        raise ConfigError(f"--space {field}={text}: {field} is no finite number; name its values: {field}=choice:A,B.")
+    if low >= high:
+        raise ConfigError(f"--space {field}={text}: the upper bound {high:g} must lie above the lower bound {low:g}.")
+    if kind == "log" and low <= 0:
+        raise ConfigError(f"--space {field}={text}: a log range begins above 0.")
+    if kind == "int" and not (isinstance(low, int) and isinstance(high, int)):
+        raise ConfigError(f"--space {field}={text}: {field} takes any number, so its range is uniform or log.")
+    if kind != "int" and isinstance(low, int):
+        raise ConfigError(f"--space {field}={text}: {field} takes whole numbers, so its range is int:LOW:HIGH.")
+    if len(words) == 2:
+        return Domain(kind, low, high)  # type: ignore[arg-type]
+    if not words[2].isdecimal() or int(words[2]) < 2:
+        raise ConfigError(f"--space {field}={text}: a grid takes 2 points or more of a range, not {words[2]!r}.")
+    return Domain(kind, low, high, num_points=int(words[2]))  # type: ignore[arg-type]
+
+
+def texts(space: Space) -> dict[str, str]:
+    """What `parse` turns back into the space."""
+    return {field: str(domain) for field, domain in space.items()}
+
+
+def sample(space: Space, seed: int, number: int) -> dict[str, Any]:
+    """Values of the fields, drawn at random: a function of its arguments alone."""
+    stream = random.Random(f"{seed} {number}")
+    return {field: domain.at(stream.random()) for field, domain in space.items()}
+
+
+def grid(space: Space) -> list[dict[str, Any]]:
+    """All combinations; the last field changes fastest.
+
+    Raises:
+      ConfigError: a range without a number of points.
+    """
+    columns = [domain.grid(field) for field, domain in space.items()]
+    return [dict(zip(space, row, strict=True)) for row in itertools.product(*columns)]
+
+
+def check_space(config: Config, space: Space) -> None:
+    """Tries every field at both of its ends, and every choice.
+
+    Raises:
+      ConfigError: naming the value that the configuration cannot have.
+    """
+    if not space:
+        raise ConfigError("the space is empty; name a field of it: --space inner_lr=log:1e-3:1.")
+    fixed = [f for f in space if f in {"recipe", "num_outer_steps", *_fixed(config)}]
+    if fixed:
+        raise ConfigError(
+            f"--space {fixed[0]}=...: it must be the same for all trials, or they could not be compared. Leave it out."
+        )
+    choosing = {field: domain for field, domain in space.items() if domain.kind == "choice"}
+    for values in grid(choosing):  # an algorithm may bring other fields than the next
+        for end in (0.0, 1.0):
+            check(override(config, {**{field: domain.at(end) for field, domain in space.items()}, **values}))
+
+
+def _fixed(config: Config) -> list[str]:
+    return [name for group in (config.run, config.cluster, config.evaluation) for name in flatten(group)]
