@@ -39,7 +39,9 @@ _LONGEST_TEMPORARY_PATH = 35  # Ray puts 65 characters behind it, and a socket's
 
 
 @contextmanager
-def connect(address: str | None, *, num_cpus: int) -> Iterator[Mapping[str, float]]:
+def connect(
+    address: str | None, *, num_cpus: int, environment: Mapping[str, str] | None = None
+) -> Iterator[Mapping[str, float]]:
     """A connection to a Ray cluster; one is started on this machine, on loopback and with a token, where none is named.
 
     Handlers of SIGINT and SIGTERM stay as they were, although Ray brings its own. The files of a cluster that is
@@ -48,6 +50,7 @@ def connect(address: str | None, *, num_cpus: int) -> Iterator[Mapping[str, floa
     Args:
       address: of a running cluster; None takes $RAY_ADDRESS or starts one.
       num_cpus: logical CPUs of a cluster that is started here.
+      environment: variables of all processes that this connection starts, unless they bring their own.
 
     Yields:
       What the cluster has: ``{"CPU": 2.0, "GPU": 0.0, ...}``.
@@ -59,7 +62,8 @@ def connect(address: str | None, *, num_cpus: int) -> Iterator[Mapping[str, floa
         os.environ.setdefault(name, value)
     check_address(address)
     found = address or os.environ.get("RAY_ADDRESS")
-    with _connected(found) if found else _started(num_cpus) as resources:
+    options = {"runtime_env": {"env_vars": dict(environment)}} if environment else {}
+    with _connected(found, options) if found else _started(num_cpus, options) as resources:
         yield resources
 
 
@@ -88,12 +92,12 @@ def check_address(address: str | None) -> None:
 
 
 @contextmanager
-def _connected(address: str) -> Iterator[Mapping[str, float]]:
+def _connected(address: str, options: Mapping[str, Any]) -> Iterator[Mapping[str, float]]:
     import ray
 
     handlers = _signal_handlers()
     try:
-        _init(f"at {address}", handlers, address=address)
+        _init(f"at {address}", handlers, address=address, **options)
         with _found_by_ray_train(ray):
             yield ray.cluster_resources()
     finally:
@@ -101,7 +105,7 @@ def _connected(address: str) -> Iterator[Mapping[str, float]]:
 
 
 @contextmanager
-def _started(num_cpus: int) -> Iterator[Mapping[str, float]]:
+def _started(num_cpus: int, options: Mapping[str, Any]) -> Iterator[Mapping[str, float]]:
     if "ray" not in sys.modules:  # it reads these when it is imported, and never again
         for name, value in _LOCAL_ENVIRONMENT.items():
             os.environ.setdefault(name, value)
@@ -112,7 +116,7 @@ def _started(num_cpus: int) -> Iterator[Mapping[str, float]]:
     folder, keep, handlers = _temporary_folder(), False, _signal_handlers()
     try:
         with _environment({"RAY_TMPDIR": str(folder)}):
-            _init("on this machine", handlers, num_cpus=num_cpus, include_dashboard=True)
+            _init("on this machine", handlers, num_cpus=num_cpus, include_dashboard=True, **options)
         with _found_by_ray_train(ray):
             yield ray.cluster_resources()
     except ClusterError as error:
