@@ -48,7 +48,7 @@ class Domain:
         return ":".join([self.kind, f"{self.low:g}", f"{self.high:g}", *points])
 
     def at(self, fraction: float) -> Any:
-        """The value that so large a part of the domain lies below, 0 <= fraction <= 1; numbers to four digits."""
+        """The value that so large a part of the domain lies below, 0 <= fraction <= 1."""
         if self.kind == "choice":
             return self.values[min(int(fraction * len(self.values)), len(self.values) - 1)]
         if self.kind == "int":
@@ -57,7 +57,11 @@ class Domain:
             between = math.exp(math.log(self.low) + fraction * (math.log(self.high) - math.log(self.low)))
         else:
             between = self.low + fraction * (self.high - self.low)
-        return min(max(float(f"{between:.4g}"), self.low), self.high)  # a command line should be readable
+        return self.rounded(between)
+
+    def rounded(self, value: float) -> float:
+        """A value of the range to four digits: a command line should be readable."""
+        return min(max(float(f"{value:.4g}"), self.low), self.high)
 
     def grid(self, field: str) -> list[Any]:
         """The values that a grid takes.

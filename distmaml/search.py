@@ -1,0 +1,254 @@
+"""Runs trials on Ray. The only import of ray.tune; knows nothing of what a trial does.
+
+What is to be run comes from a `Plan`, what has happened goes to a `Listener`. Nothing is kept here: Ray does not keep a
+scheduler's state over a restart, so whoever wants to go on with a search replays its results (`Halving.replay`), and
+plans the trials that are left.
+"""
+
+import logging
+import os
+import shutil
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, Literal, NamedTuple, Protocol, TypeAlias
+
+from distmaml.errors import ClusterError, DistmamlError, first_line
+
+log = logging.getLogger("distmaml")
+
+# Ray Tune's own settings. What the user has set stays.
+_ENVIRONMENT = {
+    "TUNE_DISABLE_SIGINT_HANDLER": "1",
+    "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",  # CSV, JSON and TensorBoard files that nobody reads
+    "TUNE_DISABLE_STRICT_METRIC_CHECKING": "1",  # a trial that fails has no metric
+    "TUNE_GLOBAL_CHECKPOINT_S": "3600",  # Tune's snapshots, from which nothing is restored
+    "TUNE_WARN_THRESHOLD_S": "30",
+    "RAY_AIR_NEW_OUTPUT": "0",
+}
+TIME = "step"
+"""The metric that says how far a trial is."""
+_REASON = "distmaml_reason"
+
+Ending: TypeAlias = Literal["finished", "pruned", "failed"]
+Report: TypeAlias = Callable[[Mapping[str, float]], None]
+
+
+class Trial(NamedTuple):
+    """One configuration to be tried."""
+
+    number: int
+    """From 0, in the order in which they were planned."""
+    values: dict[str, Any]
+    """What is particular about it."""
+
+
+class Plan(Protocol):
+    """Which trials are left to run."""
+
+    @property
+    def num_left(self) -> int:
+        """How many `next` will give."""
+        ...
+
+    def next(self) -> Trial:
+        """The next one; its values may depend on what the listener has heard by now."""
+        ...
+
+
+class Listener(Protocol):
+    """Hears what happens, in the process that called `search`."""
+
+    def started(self, trial: Trial) -> None: ...
+    def reported(self, trial: Trial, metrics: Mapping[str, float]) -> None: ...
+    def ended(self, trial: Trial, how: Ending, reason: str | None) -> None: ...
+
+
+class Halving(NamedTuple):
+    """Asynchronous successive halving (Li et al., 2020, https://arxiv.org/abs/1810.05934), by early stopping.
+
+    Rungs lie at ``first * factor ** i`` steps. A trial that reaches one goes on if it is among the best ``1 / factor``
+    of those that have reached it before.
+
+    Attributes:
+      first: steps of the lowest rung.
+      most: steps of a whole trial.
+      factor: how many times fewer trials each rung lets through.
+      replay: (trial number, step, value of the metric) of an earlier part of the search, in the order they came.
+    """
+
+    first: int
+    most: int
+    factor: int
+    replay: tuple[tuple[int, int, float], ...] = ()
+
+
+def search(
+    function: Callable[[Trial, Report], None],
+    plan: Plan,
+    listener: Listener,
+    *,
+    halving: Halving | None,
+    metric: str,
+    mode: Literal["max", "min"],
+    max_concurrent: int,
+    resources: Mapping[str, float],
+    max_failures: int,
+    storage_path: Path,
+    name: str,
+) -> None:
+    """Runs ``function(trial, report)`` for every trial of the plan, on processes of the cluster, until there is none.
+
+    A trial whose process dies is started again, up to `max_failures` times; the function finds its own way back. An
+    error that distmaml raises on purpose would only come again: it fails the trial at once, and not the search.
+
+    Args:
+      function: calls ``report(metrics)`` now and then, with how far it is under `TIME`; may be stopped in any of them.
+      resources: of each trial: ``{"CPU": 1}``.
+      storage_path: what Ray Tune must know of the search while it runs; removed at the end.
+
+    Raises:
+      ClusterError: Ray Tune itself failed.
+    """
+    for variable, value in _ENVIRONMENT.items():
+        os.environ.setdefault(variable, value)
+    from ray import tune
+    from ray.tune.error import TuneError
+
+    def one(config: dict[str, Any]) -> None:
+        _run_one(function, Trial(config["number"], config["values"]))
+
+    scheduler = None if halving is None else _asha(halving, metric, mode)
+    told = _told(listener, scheduler)
+    tuner = tune.Tuner(
+        tune.with_resources(one, dict(resources)),
+        tune_config=tune.TuneConfig(
+            search_alg=_planned(plan, told.trials),
+            scheduler=scheduler,
+            num_samples=plan.num_left,
+            max_concurrent_trials=max_concurrent,
+            metric=metric,
+            mode=mode,
+        ),
+        run_config=tune.RunConfig(
+            name=name,
+            storage_path=str(storage_path),
+            verbose=0,
+            failure_config=tune.FailureConfig(max_failures=max_failures),
+            callbacks=[told],
+        ),
+    )
+    logging.getLogger("ray.tune").setLevel(logging.ERROR)
+    try:
+        tuner.fit()
+    except TuneError as error:
+        raise ClusterError(f"Ray Tune failed: {first_line(error)}.") from error
+    finally:
+        shutil.rmtree(storage_path, ignore_errors=True)
+
+
+def _run_one(function: Callable[[Trial, Report], None], trial: Trial) -> None:
+    from ray import tune
+
+    try:
+        function(trial, lambda metrics: tune.report(dict(metrics)))
+    except DistmamlError as error:
+        tune.report({_REASON: str(error)})
+
+
+# ------------------------------------------------------------------------------------------- Tune's side
+
+
+def _planned(plan: Plan, trials: dict[str, Trial]) -> Any:
+    from ray.tune.search import Searcher
+
+    class Planned(Searcher):  # type: ignore[misc, unused-ignore]
+        """A plan as Tune wants it."""
+
+        def set_search_properties(self, metric: str | None, mode: str | None, config: Any, **spec: Any) -> bool:
+            return True  # which Tune asks for, and a plan has no use for
+
+        def suggest(self, trial_id: str) -> dict[str, Any]:
+            trials[trial_id] = plan.next()
+            return {"number": trials[trial_id].number, "values": trials[trial_id].values}
+
+        def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
+            pass  # the listener hears it
+
+        def save(self, checkpoint_path: str) -> None:
+            pass  # nothing is restored from Tune's snapshots
+
+    return Planned()
+
+
+def _asha(halving: Halving, metric: str, mode: str) -> Any:
+    from ray.tune.schedulers import AsyncHyperBandScheduler, TrialScheduler
+
+    class Asha(AsyncHyperBandScheduler):  # type: ignore[misc, unused-ignore]
+        """Tune's, by trial number instead of Tune's identifiers, which are others after a restart."""
+
+        def __init__(self) -> None:
+            # A trial that reaches `most` ends by itself: Tune would not let it come to its end.
+            super().__init__(TIME, metric, mode, halving.most, halving.first, halving.factor, stop_last_trials=False)
+            self.pruned: set[int] = set()
+            for number, step, value in halving.replay:
+                self._brackets[0].on_result(SimpleNamespace(trial_id=number), step, self._metric_op * value)
+
+        def on_trial_add(self, controller: Any, trial: Any) -> None:
+            super().on_trial_add(controller, _numbered(trial))
+
+        def on_trial_result(self, controller: Any, trial: Any, result: dict[str, Any]) -> Any:
+            if result[TIME] >= halving.most:
+                return TrialScheduler.CONTINUE
+            decision = super().on_trial_result(controller, _numbered(trial), result)
+            if decision == TrialScheduler.STOP:
+                self.pruned.add(trial.config["number"])
+            return decision
+
+        def on_trial_complete(self, controller: Any, trial: Any, result: dict[str, Any]) -> None:
+            pass  # its result has been seen
+
+        def on_trial_remove(self, controller: Any, trial: Any) -> None:
+            super().on_trial_remove(controller, _numbered(trial))
+
+    return Asha()
+
+
+def _numbered(trial: Any) -> Any:
+    return SimpleNamespace(trial_id=trial.config["number"])
+
+
+def _told(listener: Listener, scheduler: Any) -> Any:
+    from ray.tune import Callback
+
+    class Told(Callback):  # type: ignore[misc, unused-ignore]
+        """A listener as Tune wants it."""
+
+        def __init__(self) -> None:
+            self.trials: dict[str, Trial] = {}
+            self._reasons: dict[str, str] = {}
+            self._started: set[str] = set()
+
+        def on_trial_start(self, iteration: int, trials: Any, trial: Any, **info: Any) -> None:
+            if trial.trial_id not in self._started:  # and not again after a failure
+                self._started.add(trial.trial_id)
+                listener.started(self.trials[trial.trial_id])
+
+        def on_trial_result(self, iteration: int, trials: Any, trial: Any, result: Any, **info: Any) -> None:
+            if _REASON in result:
+                self._reasons[trial.trial_id] = result[_REASON]
+            else:
+                numbers = {k: float(v) for k, v in result.items() if "/" in k or k == TIME}
+                listener.reported(self.trials[trial.trial_id], numbers)
+
+        def on_trial_complete(self, iteration: int, trials: Any, trial: Any, **info: Any) -> None:
+            known, reason = self.trials[trial.trial_id], self._reasons.get(trial.trial_id)
+            pruned = scheduler is not None and known.number in scheduler.pruned
+            listener.ended(known, "failed" if reason else "pruned" if pruned else "finished", reason)
+
+        def on_trial_error(self, iteration: int, trials: Any, trial: Any, **info: Any) -> None:
+            error = trial.get_error()
+            reason = "its process died" if error is None else f"{type(error).__name__}: {first_line(error)}"
+            listener.ended(self.trials[trial.trial_id], "failed", reason)
+
+    return Told()
