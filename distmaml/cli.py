@@ -5,7 +5,8 @@ import os
 import shlex
 import sys
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 import tyro
 
@@ -13,9 +14,21 @@ from distmaml.config import OPTIONS, Config, override
 from distmaml.errors import ConfigError, DistmamlError, unknown
 from distmaml.interrupt import EXIT_STATUS
 from distmaml.recipes import RECIPES
+from distmaml.space import Search
 
 if TYPE_CHECKING:  # the driver takes a second to import, and --help does not need it
     from distmaml.driver import Outcome
+    from distmaml.study import Study
+
+
+@dataclass(frozen=True)
+class _Tuning:
+    """The options of a search beside those of its trials."""
+
+    search: Search
+    """How to go about it."""
+    config: Config
+    """What all trials have in common."""
 
 
 def parse_recipe(arguments: Sequence[str], *, prog: str, description: str | None) -> Config:
@@ -26,6 +39,19 @@ def parse_recipe(arguments: Sequence[str], *, prog: str, description: str | None
     Raises:
       ConfigError: an unknown recipe, algorithm, model or task distribution.
     """
+    default = _default(arguments, prog=prog, description=description)
+    parsed: Config = _parse(Config, default, arguments, prog)
+    return parsed
+
+
+def parse_search(arguments: Sequence[str], *, prog: str, description: str | None) -> tuple[Config, Search]:
+    """What ``RECIPE [options]`` names where options of a search are among them; see `parse_recipe`."""
+    default = _default(arguments, prog=prog, description=description)
+    parsed: _Tuning = _parse(_Tuning, _Tuning(Search(), default), arguments, prog)
+    return parsed.config, parsed.search
+
+
+def _default(arguments: Sequence[str], *, prog: str, description: str | None) -> Config:
     if not arguments or arguments[0] in ("-h", "--help"):
         listed = "\n".join(f"  {name:24s}{(recipe.__doc__ or '').splitlines()[0]}" for name, recipe in RECIPES.items())
         print(f"usage: {prog} RECIPE [options]\n\n{description}\n\nrecipes:\n{listed}")
@@ -38,15 +64,18 @@ def parse_recipe(arguments: Sequence[str], *, prog: str, description: str | None
     for selector in OPTIONS:
         selectors.add_argument(f"--{selector}")
     chosen, _ = selectors.parse_known_args(arguments[1:])
-    default = override(RECIPES[name](), {k: v for k, v in vars(chosen).items() if v is not None})
-    parsed: Config = tyro.cli(
-        tyro.conf.configure(tyro.conf.OmitArgPrefixes, tyro.conf.AvoidSubcommands, tyro.conf.SuppressFixed)(Config),
+    return override(RECIPES[name](), {k: v for k, v in vars(chosen).items() if v is not None})
+
+
+def _parse(kind: type, default: Any, arguments: Sequence[str], prog: str) -> Any:
+    markers = (tyro.conf.OmitArgPrefixes, tyro.conf.AvoidSubcommands, tyro.conf.SuppressFixed)
+    return tyro.cli(
+        tyro.conf.configure(*markers)(kind),
         default=default,
         args=list(arguments[1:]),
-        prog=f"{prog} {name}",
-        description=RECIPES[name].__doc__,
+        prog=f"{prog} {arguments[0]}",
+        description=RECIPES[arguments[0]].__doc__,
     )
-    return parsed
 
 
 def guarded(main: Callable[[], int | None]) -> int | None:
@@ -64,7 +93,7 @@ def guarded(main: Callable[[], int | None]) -> int | None:
         os._exit(EXIT_STATUS)
 
 
-def how_to_compare(outcome: "Outcome") -> list[str]:
+def how_to_compare(outcome: "Outcome | Study") -> list[str]:
     """What opens the MLflow UI on the runs of the experiment, a line each: a link, and the command that it needs."""
     if outcome.server is not None:
         return [f"compare   open {outcome.server}{outcome.view}"]

@@ -66,7 +66,8 @@ def _train(config: Config, interrupt: Interrupt) -> Outcome:
     tracking = experiment.open_tracking(config, resuming=folder if config.run.resume else None)
     if not config.run.resume and preflight.remove_false_start(folder):
         say(f"An earlier {name} ended before its first checkpoint; it starts anew.")
-    with experiment.tracked(config, folder, tracking, interrupt) as (run, view):
+    with experiment.tracked(config, folder, tracking, interrupt) as run:
+        view = experiment.view(config, run, tracking)
         write_text(paths.config_file(folder), json.dumps(to_json(config), indent=2))
         build.pin_store(config)
         shutil.rmtree(paths.ray(output) / name, ignore_errors=True)  # of a driver that was killed outright

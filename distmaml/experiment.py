@@ -5,7 +5,7 @@ mlflow is imported when it is first needed: a mistake on the command line should
 
 import os
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -33,7 +33,7 @@ def open_tracking(config: Config, *, resuming: Path | None) -> Any:
     if not tracking.reachable:
         return tracking
     deadline = time.monotonic() + LEFT_OVER_SECONDS
-    for folder in sorted(paths.runs(output).glob("*")):
+    for folder in sorted([*paths.runs(output).glob("*"), *paths.searches(output).glob("*")]):
         left = deadline - time.monotonic()
         if folder == resuming or left <= 0 or not _has_unsent(folder, tracking.uri):
             continue
@@ -69,41 +69,53 @@ def _has_unsent(folder: Path, tracking_uri: str) -> bool:
     return bool(committed_segments(outbox.metrics, sent.step)) or any(True for _ in outbox.records(after=sent.outbox))
 
 
-@contextmanager
-def tracked(config: Config, folder: Path, tracking: Any, interrupt: Interrupt) -> Iterator[tuple[Any, str]]:
-    """The MLflow run and the path of its view: FINISHED, FAILED or KILLED at the end, whatever happens inside."""
+def begin(
+    config: Config,
+    folder: Path,
+    tracking: Any,
+    *,
+    params: Mapping[str, Any] | None = None,
+    tags: Mapping[str, str] | None = None,
+) -> Any:
+    """The MLflow run of a folder, begun or gone on with; whoever begins it ends it.
+
+    Args:
+      params: beside those of the configuration; likewise `tags`.
+    """
     from distmaml.tracking.runs import TrackedRun
-    from distmaml.tracking.views import seed_view
 
     data = build.dataset_record(config)
-    dataset = None if data is None else Dataset(data["name"], data["source"], data["content_hash"], data["split_hash"])
-    run: TrackedRun | None = None
+    return TrackedRun.start(
+        folder,
+        tracking=tracking,
+        experiment=config.run.experiment or config.recipe,
+        name=config.run.name or "",
+        params={**flatten(config), **(params or {})},
+        tags={"mlflow.source.type": "JOB" if "RAY_JOB_SUBMISSION_ID" in os.environ else "LOCAL", **(tags or {})},
+        dataset=None
+        if data is None
+        else Dataset(data["name"], data["source"], data["content_hash"], data["split_hash"]),
+    )
+
+
+@contextmanager
+def tracked(
+    config: Config,
+    folder: Path,
+    tracking: Any,
+    interrupt: Interrupt,
+    *,
+    params: Mapping[str, Any] | None = None,
+    tags: Mapping[str, str] | None = None,
+) -> Iterator[Any]:
+    """The MLflow run of a folder: FINISHED, FAILED or KILLED at the end, whatever happens inside."""
+    run: Any = None
     try:
         with interrupt.deferred():
-            run = TrackedRun.start(
-                folder,
-                tracking=tracking,
-                experiment=config.run.experiment or config.recipe,
-                name=config.run.name or "",
-                params=flatten(config),
-                tags={"mlflow.source.type": "JOB" if "RAY_JOB_SUBMISSION_ID" in os.environ else "LOCAL"},
-                dataset=dataset,
-            )
-        quantity = config.evaluation.selected_quantity
-        view: str | None = None
-        if run.experiment_id is not None:
-            view = seed_view(
-                tracking,
-                run.experiment_id,
-                params=["log10_inner_lr", "log10_outer_lr", "num_inner_steps", "meta_batch_size"],
-                best=f"best/{quantity}",
-                test=f"test/{quantity}",
-                curves=list(dict.fromkeys(["train/query_loss", f"train/{quantity}", f"val/{quantity}"])),
-                lower_is_better=config.evaluation.selection_mode == "min",
-            )
+            run = begin(config, folder, tracking, params=params, tags=tags)
         if run.url:
             say(f"MLflow: {run.url}")
-        yield run, view or ""
+        yield run
     except KeyboardInterrupt:
         if run is not None:
             run.end("KILLED", reason="stopped by a signal", timeout=3.0)
@@ -113,6 +125,32 @@ def tracked(config: Config, folder: Path, tracking: Any, interrupt: Interrupt) -
             run.end("FAILED", reason=first_line(error))
         raise
     run.end("FINISHED")
+
+
+PARAMETERS = ("log10_inner_lr", "log10_outer_lr", "num_inner_steps", "meta_batch_size")
+"""What runs are compared by."""
+
+
+def view(
+    config: Config, run: Any, tracking: Any, *, params: Sequence[str] = PARAMETERS, of_search: bool = False
+) -> str:
+    """The path of the MLflow page that compares the runs of the experiment, or the trials of a search; may be empty."""
+    from distmaml.tracking.views import seed_view
+
+    if run.experiment_id is None:
+        return ""
+    quantity = config.evaluation.selected_quantity
+    found = seed_view(
+        tracking,
+        run.experiment_id,
+        params=params,
+        best=f"best/{quantity}",
+        test=f"test/{quantity}",
+        curves=list(dict.fromkeys(["train/query_loss", f"train/{quantity}", f"val/{quantity}"])),
+        lower_is_better=config.evaluation.selection_mode == "min",
+        parent_run_id=run.run_id if of_search else None,
+    )
+    return found or ""
 
 
 def add_evaluation(folder: Path, tracking: Any, step: int, metrics: Mapping[str, float], files: list[Path]) -> None:

@@ -5,7 +5,7 @@ import logging
 import os
 import shutil
 import traceback
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -40,6 +40,7 @@ def fit(
     num_workers: int,
     gpus_per_worker: float,
     max_failures: int,
+    callbacks: Sequence[Any] = (),
 ) -> ResultT:
     """Runs ``loop(config, worker)`` on `num_workers` Ray Train workers and returns what rank 0 returned.
 
@@ -50,6 +51,7 @@ def fit(
       name: of the Ray Train run.
       storage_path: what Ray Train must know of the run while it runs; removed at the end.
       gpus_per_worker: 0 for CPU workers, which talk over gloo; otherwise NCCL, or gloo where workers share a GPU.
+      callbacks: Ray Train's, which hear what the workers report.
 
     Raises:
       DistmamlError: raised by the loop, as it was.
@@ -81,9 +83,9 @@ def fit(
             name=name,
             storage_path=str(storage_path),
             failure_config=ray.train.FailureConfig(max_failures=max_failures, controller_failure_limit=START_FAILURES),
-            worker_runtime_env={"env_vars": {**WORKER_ENVIRONMENT, "PYTHONPATH": _python_path()}},
+            worker_runtime_env={"env_vars": worker_environment()},
             logging_config=ray.train.LoggingConfig(log_level="ERROR"),  # it warns of every crash with a traceback
-            callbacks=[_stop_on_purpose()],
+            callbacks=[_stop_on_purpose(), *callbacks],
         ),
     )
     try:
@@ -207,9 +209,10 @@ def _check_room(num_workers: int, gpus_per_worker: float, resources: Mapping[str
             )
 
 
-def _python_path() -> str:
-    """Workers find what the driver finds: the working directory, for a user's own modules."""
-    return os.pathsep.join([os.getcwd(), *filter(None, [os.environ.get("PYTHONPATH")])])
+def worker_environment() -> dict[str, str]:
+    """The variables of a process that trains. It finds what the driver finds: the user's own modules too."""
+    path = os.pathsep.join([os.getcwd(), *filter(None, [os.environ.get("PYTHONPATH")])])
+    return {**WORKER_ENVIRONMENT, "PYTHONPATH": path}
 
 
 def _in_short(error: BaseException) -> str:

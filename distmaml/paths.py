@@ -3,6 +3,11 @@
 OUTPUT_DIR/stores/            class stores, with downloads/ beside it
 OUTPUT_DIR/mlflow.db          the embedded tracking database, with mlartifacts/ beside it
 OUTPUT_DIR/ray/               what Ray must know of the runs that are going on
+OUTPUT_DIR/searches/NAME/     one search; its trials are runs, NAME-000 and so on:
+  search.json                   what it searches, and how
+  journal.jsonl                 what happened to its trials
+  tracking/                     what MLflow is to be told of the search as a whole
+  artifacts/                    pictures
 OUTPUT_DIR/runs/NAME/         one training run:
   config.json                   its configuration
   store                         which class store it uses
@@ -36,6 +41,21 @@ def stores(output: Path) -> Path:
 def runs(output: Path) -> Path:
     """The runs in an output folder."""
     return output / "runs"
+
+
+def searches(output: Path) -> Path:
+    """The searches in an output folder."""
+    return output / "searches"
+
+
+def search_file(folder: Path) -> Path:
+    """What a search searches, and how."""
+    return folder / "search.json"
+
+
+def journal(folder: Path) -> Path:
+    """What happened to the trials of a search."""
+    return folder / "journal.jsonl"
 
 
 def ray(output: Path) -> Path:

@@ -15,6 +15,8 @@ from distmaml.config import (
     MlpOptions,
     Outer,
     SinusoidOptions,
+    flatten,
+    is_custom,
 )
 
 
@@ -105,3 +107,21 @@ RECIPES: dict[str, Callable[[], Config]] = {
     recipe.__name__.replace("_", "-"): recipe
     for recipe in (glyphs_maml_5w1s, omniglot_maml_5w1s, omniglot_maml_5w5s, image_folder_maml, sinusoid_maml_5s)
 }
+
+
+def default_space(config: Config) -> tuple[str, ...]:
+    """What a search tries where nobody says otherwise: what MAML is most sensitive to.
+
+    Fields that the configuration does not have are left out.
+    """
+    size = config.outer.meta_batch_size
+    space = {
+        "inner_lr": "log:0.001:1",
+        "outer_lr": "log:0.0001:0.01",
+        "num_inner_steps": "int:1:5",
+        "algorithm": "choice:maml,fomaml,anil",
+        "meta_batch_size": "choice:" + ",".join(str(n) for n in sorted({max(size // 2, 1), size, 2 * size})),
+    }
+    if is_custom(config.algorithm):
+        del space["algorithm"]
+    return tuple(f"{field}={domain}" for field, domain in space.items() if field in flatten(config))

@@ -156,6 +156,13 @@ def _run_one(function: Callable[[Trial, Report], None], trial: Trial) -> None:
         tune.report({_REASON: str(error)})
 
 
+def forwarding() -> Any:
+    """A callback for the Ray Train run inside a trial, which passes on what its workers report."""
+    from ray.tune.integration.ray_train import TuneReportCallback
+
+    return TuneReportCallback()
+
+
 # ------------------------------------------------------------------------------------------- Tune's side
 
 
@@ -247,8 +254,13 @@ def _told(listener: Listener, scheduler: Any) -> Any:
             listener.ended(known, "failed" if reason else "pruned" if pruned else "finished", reason)
 
         def on_trial_error(self, iteration: int, trials: Any, trial: Any, **info: Any) -> None:
-            error = trial.get_error()
-            reason = "its process died" if error is None else f"{type(error).__name__}: {first_line(error)}"
-            listener.ended(self.trials[trial.trial_id], "failed", reason)
+            listener.ended(self.trials[trial.trial_id], "failed", _in_short(trial.get_pickled_error()))
 
     return Told()
+
+
+def _in_short(error: BaseException | None) -> str:
+    error = getattr(error, "cause", None) or error
+    if error is None or type(error).__module__.partition(".")[0] == "ray":
+        return "its process died"
+    return f"{type(error).__name__}: {first_line(error)}"

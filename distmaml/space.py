@@ -15,9 +15,11 @@ and one on another cluster try the same ones.
 import itertools
 import math
 import random
-from collections.abc import Mapping
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, TypeAlias, get_args
+from typing import Annotated, Any, Literal, TypeAlias, get_args
+
+from tyro.conf import UseAppendAction
 
 from distmaml.config import Config, flatten, override, parse_field
 from distmaml.errors import ConfigError, unknown
@@ -43,7 +45,7 @@ class Domain:
 
     def __str__(self) -> str:
         if self.kind == "choice":
-            return f"choice:{','.join(map(str, self.values))}"
+            return f"choice:{','.join('none' if value is None else str(value) for value in self.values)}"
         points = [] if self.num_points is None else [str(self.num_points)]
         return ":".join([self.kind, f"{self.low:g}", f"{self.high:g}", *points])
 
@@ -85,13 +87,74 @@ Space: TypeAlias = dict[str, Domain]
 """Flat field name -> what it may be."""
 
 
-def parse(config: Config, texts: Mapping[str, str]) -> Space:
-    """The space that texts name: ``{"inner_lr": "log:1e-3:1"}``.
+@dataclass(frozen=True)
+class Search:
+    """How a search goes about it; which values it tries stands in its space."""
+
+    space: Annotated[tuple[str, ...], UseAppendAction] = ()
+    """A field and what it may be; may be given several times: inner_lr=log:1e-3:1, weight_decay=uniform:0:1,
+    num_inner_steps=int:1:5, algorithm=choice:maml,fomaml. Default: learning rates, inner steps, algorithm and tasks per
+    step."""
+    num_samples: int | None = None
+    """Configurations to try: 16 by default, all points for a grid."""
+    searcher: Literal["random", "grid", "tpe"] = "random"
+    """random: independent draws. grid: all combinations. tpe: Optuna's tree-structured Parzen estimator."""
+    scheduler: Literal["none", "asha"] = "asha"
+    """asha: asynchronous successive halving, which stops all but the best 1 / reduction_factor at each rung. none: all
+    trials are trained to the end."""
+    reduction_factor: int = 3
+    """How many times fewer trials each rung of asha lets through, and how many times further off the next one is."""
+    first_rung: int | None = None
+    """Outer steps before the first decision of asha. Default: about a 27th of num_outer_steps, at a validation."""
+    max_concurrent: int | None = None
+    """Trials at a time. Default: as many as the cluster has room for."""
+    search_seed: int = 0
+    """Seed of what is tried. The trials themselves all have the recipe's seed."""
+
+
+def first_rung(search: Search, config: Config) -> int:
+    """Outer steps of the lowest rung: those asked for, else a 27th of all, rounded up to a validation."""
+    if search.first_rung is not None:
+        return search.first_rung
+    every = config.evaluation.val_every
+    return min(-(-config.outer.num_outer_steps // (27 * every)) * every, config.outer.num_outer_steps)
+
+
+def check_search(config: Config, search: Search) -> None:
+    """Refuses what no search can do.
 
     Raises:
-      ConfigError: a field that the configuration does not have, bounds that are no range, values of another type.
+      ConfigError: naming the value, and what is allowed.
     """
-    return {field: _domain(config, field, text) for field, text in texts.items()}
+    for name, least in (("num_samples", 1), ("reduction_factor", 2), ("first_rung", 1), ("max_concurrent", 1)):
+        value = getattr(search, name)
+        if value is not None and value < least:
+            raise ConfigError(f"{name}={value} must be {least} or more.")
+    if not config.evaluation.val_every:
+        raise ConfigError("val_every=0 asks for no validation, and a search judges its trials by theirs.")
+    if search.first_rung is not None and search.first_rung > config.outer.num_outer_steps:
+        raise ConfigError(
+            f"first_rung={search.first_rung} lies behind the end of a trial, at num_outer_steps="
+            f"{config.outer.num_outer_steps}."
+        )
+
+
+def parse(config: Config, texts: Sequence[str]) -> Space:
+    """The space that texts name: ``["inner_lr=log:1e-3:1"]``.
+
+    Raises:
+      ConfigError: a field that the configuration does not have, or that comes twice, bounds that are no range, values
+        of another type.
+    """
+    space: Space = {}
+    for text in texts:
+        field, equals, domain = text.partition("=")
+        if not equals:
+            raise ConfigError(f"--space {text} is not of the form FIELD=KIND:..., as in inner_lr=log:1e-3:1.")
+        if field in space:
+            raise ConfigError(f"--space names {field} twice: {field}={space[field]} and {text}.")
+        space[field] = _domain(config, field, domain)
+    return space
 
 
 def _domain(config: Config, field: str, text: str) -> Domain:
@@ -128,9 +191,9 @@ def _domain(config: Config, field: str, text: str) -> Domain:
     return Domain(kind, low, high, num_points=int(words[2]))  # type: ignore[arg-type]
 
 
-def texts(space: Space) -> dict[str, str]:
+def texts(space: Space) -> tuple[str, ...]:
     """What `parse` turns back into the space."""
-    return {field: str(domain) for field, domain in space.items()}
+    return tuple(f"{field}={domain}" for field, domain in space.items())
 
 
 def sample(space: Space, seed: int, number: int) -> dict[str, Any]:

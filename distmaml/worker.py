@@ -1,6 +1,6 @@
 """What a loop needs of the world: who it is, where it computes, and whom it tells."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Protocol
 
 import torch
@@ -28,13 +28,22 @@ class Worker(Protocol):
 
 
 class LocalWorker:
-    """The only worker, in this process: training and debugging without a cluster."""
+    """The only worker, in this process: training and debugging without a cluster, and a trial of a search.
+
+    Args:
+      tell: who started it, if anybody.
+    """
 
     rank = 0
     world_size = 1
 
-    def __init__(self, device: torch.device | str = "cpu") -> None:
+    def __init__(
+        self, device: torch.device | str = "cpu", *, tell: Callable[[Mapping[str, float]], None] | None = None
+    ) -> None:
         self.device = torch.device(device)
+        self._tell = tell
 
     def report(self, metrics: Mapping[str, float]) -> None:
-        """Nobody started this worker, so there is nobody to tell."""
+        """Tells whoever started this worker."""
+        if self._tell is not None:
+            self._tell(metrics)

@@ -13,19 +13,14 @@ from distmaml.space import parse
 CONFIG = glyphs_maml_5w1s()
 SPACE = parse(
     CONFIG,
-    {
-        "inner_lr": "log:0.001:1",
-        "num_inner_steps": "int:1:5",
-        "algorithm": "choice:maml,fomaml",
-        "clip_norm": "choice:none,1",
-    },
+    ["inner_lr=log:0.001:1", "num_inner_steps=int:1:5", "algorithm=choice:maml,fomaml", "clip_norm=choice:none,1"],
 )
 
 
 def objective(values: dict[str, Any]) -> float:
     """Best at an inner_lr of 0.1 with maml."""
-    off: float = math.log10(values["inner_lr"]) + 1
-    return -(off**2) - (values["algorithm"] != "maml")
+    off = math.log10(float(values["inner_lr"])) + 1
+    return -(off * off) - float(values["algorithm"] != "maml")
 
 
 def run(name: str, num_trials: int, *, mode: str = "max", sign: float = 1.0, seed: int = 0) -> list[Tried]:
@@ -63,7 +58,7 @@ def test_tpe_goes_on_where_others_failed() -> None:
 
 
 def test_a_grid_has_as_many_trials_as_points() -> None:
-    space = parse(CONFIG, {"inner_lr": "log:0.01:1:3", "num_inner_steps": "int:1:2"})
+    space = parse(CONFIG, ["inner_lr=log:0.01:1:3", "num_inner_steps=int:1:2"])
     found = searcher("grid", space, num_trials=None, seed=0, mode="max")
     assert found.num_trials == 6
     assert [found.suggest(number, [])["num_inner_steps"] for number in range(6)] == [1, 2] * 3

@@ -12,19 +12,19 @@ from distmaml.recipes import glyphs_maml_5w1s
 from distmaml.space import check_space, grid, parse, sample, texts
 
 CONFIG = glyphs_maml_5w1s()
-FOUR = {
-    "inner_lr": "log:0.001:1",
-    "weight_decay": "uniform:0:0.5",
-    "num_inner_steps": "int:1:5",
-    "algorithm": "choice:maml,fomaml",
-}
+FOUR = (
+    "inner_lr=log:0.001:1",
+    "weight_decay=uniform:0:0.5",
+    "num_inner_steps=int:1:5",
+    "algorithm=choice:maml,fomaml",
+)
 
 
 def test_texts_are_a_space_and_a_space_is_its_texts() -> None:
-    space = parse(CONFIG, {**FOUR, "outer_lr": "log:0.0001:0.01:3", "clip_norm": "choice:none,10"})
-    assert texts(space)["outer_lr"] == "log:0.0001:0.01:3"
+    written = (*FOUR, "outer_lr=log:0.0001:0.01:3", "clip_norm=choice:none,10.0")
+    space = parse(CONFIG, written)
+    assert texts(space) == written
     assert space["clip_norm"].values == (None, 10.0)
-    assert parse(CONFIG, {**texts(space), "clip_norm": "choice:none,10"}) == space
 
 
 def test_a_log_range_gives_every_power_of_ten_as_often_as_the_next() -> None:
@@ -61,7 +61,7 @@ def test_a_value_drawn_can_be_typed_on_a_command_line() -> None:
 
 
 def test_a_grid_is_the_product_with_the_last_field_fastest() -> None:
-    space = parse(CONFIG, {"inner_lr": "log:0.01:1:3", "num_inner_steps": "int:1:2", "clip_norm": "choice:none,1"})
+    space = parse(CONFIG, ["inner_lr=log:0.01:1:3", "num_inner_steps=int:1:2", "clip_norm=choice:none,1"])
     rows = [(row["inner_lr"], row["num_inner_steps"], row["clip_norm"]) for row in grid(space)]
     assert rows == [(rate, steps, clip) for rate in (0.01, 0.1, 1.0) for steps in (1, 2) for clip in (None, 1.0)]
 
@@ -89,7 +89,7 @@ def test_a_grid_is_the_product_with_the_last_field_fastest() -> None:
 )
 def test_what_is_no_range_is_refused_with_the_way_out(field: str, text: str, says: str) -> None:
     with pytest.raises(ConfigError) as refused:
-        parse(CONFIG, {field: text})
+        parse(CONFIG, [f"{field}={text}"])
     assert says in str(refused.value)
     assert "\n" not in str(refused.value)
 
@@ -97,13 +97,13 @@ def test_what_is_no_range_is_refused_with_the_way_out(field: str, text: str, say
 @pytest.mark.parametrize(
     ("space", "says"),
     [
-        ({}, "empty"),
-        ({"num_outer_steps": "int:1:5"}, "be the same for all trials"),
-        ({"num_workers": "int:1:5"}, "be the same for all trials"),
-        ({"selection_metric": "choice:a,b"}, "be the same for all trials"),
-        ({"inner_lr": "uniform:-1:1"}, "inner_lr=-1"),
-        ({"num_inner_steps": "int:0:3"}, "num_inner_steps=0"),
-        ({"algorithm": "choice:maml,mmal"}, "did you mean 'maml'"),
+        ([], "empty"),
+        (["num_outer_steps=int:1:5"], "be the same for all trials"),
+        (["num_workers=int:1:5"], "be the same for all trials"),
+        (["selection_metric=choice:a,b"], "be the same for all trials"),
+        (["inner_lr=uniform:-1:1"], "inner_lr=-1"),
+        (["num_inner_steps=int:0:3"], "num_inner_steps=0"),
+        (["algorithm=choice:maml,mmal"], "did you mean 'maml'"),
     ],
 )
 def test_values_that_a_run_could_not_have_are_refused_before_any_trial(space: Any, says: str) -> None:
@@ -115,9 +115,15 @@ def test_values_that_a_run_could_not_have_are_refused_before_any_trial(space: An
 def test_a_field_that_only_one_of_the_algorithms_has_is_refused() -> None:
     other: Config = override(CONFIG, {"algorithm": "package.module:own"})
     with pytest.raises(ConfigError, match="inner_lr"):
-        check_space(other, parse(CONFIG, {"inner_lr": "log:0.1:1"}))
+        check_space(other, parse(CONFIG, ["inner_lr=log:0.1:1"]))
+
+
+@pytest.mark.parametrize(("texts", "says"), [(["inner_lr"], "FIELD=KIND"), (["outer_lr=log:1e-4:1"] * 2, "twice")])
+def test_a_field_comes_once_and_with_what_it_may_be(texts: list[str], says: str) -> None:
+    with pytest.raises(ConfigError, match=says):
+        parse(CONFIG, texts)
 
 
 def test_a_grid_of_a_range_asks_for_its_points() -> None:
     with pytest.raises(ConfigError, match=r"inner_lr=log:0\.1:1:5"):
-        grid(parse(CONFIG, {"inner_lr": "log:0.1:1"}))
+        grid(parse(CONFIG, ["inner_lr=log:0.1:1"]))

@@ -31,13 +31,16 @@ def seed_view(
     test: str,
     curves: Sequence[str],
     lower_is_better: bool = False,
+    parent_run_id: str | None = None,
 ) -> str | None:
     """Writes the view that compares the runs of an experiment, over the one of an earlier call.
 
     It shows the parameters against the best selection metric (parallel coordinates), that metric and the test's as
-    bars, and curves over the outer step; the runs are listed from the best on.
+    bars, and curves over the outer step; the runs are listed from the best on. The view of a search has its trials
+    alone, and the metric over its first two parameters as a contour instead of the test's bars.
 
     Args:
+      parent_run_id: of a search; None for all runs of the experiment.
       params: names of numeric parameters; log10_inner_lr rather than inner_lr, as the axes are linear.
       best: the best of the selection metric, as in best/query_accuracy.
       test: as in test/query_accuracy.
@@ -48,18 +51,22 @@ def seed_view(
       The link of the view, to be put behind a server's address; None where it could not be written.
     """
     state = _state(params, best, test, curves, lower_is_better)
+    view_id, title = VIEW_ID, "Compare runs"
+    if parent_run_id is not None:
+        view_id, title = f"{VIEW_ID}-{parent_run_id[:8]}", f"Search {parent_run_id[:8]}"
+        _of_search(state, parent_run_id, params, best, test)
     packed = base64.b64encode(zlib.compress(json.dumps(state).encode())).decode()
     now_ms = time.time_ns() // 1_000_000
-    tag = {"name": "Compare runs", "createdAt": now_ms, "updatedAt": now_ms, "state": f"deflate;{packed}"}
+    tag = {"name": title, "createdAt": now_ms, "updatedAt": now_ms, "state": f"deflate;{packed}"}
     text = json.dumps(tag)
     try:
         if len(text) > _LONGEST_TAG:
             raise ValueError(f"the view takes {len(text)} characters of at most {_LONGEST_TAG}")
-        tracking.client().set_experiment_tag(experiment_id, f"mlflow.sharedViewState.{VIEW_ID}", text)
+        tracking.client().set_experiment_tag(experiment_id, f"mlflow.sharedViewState.{view_id}", text)
     except Exception as error:  # whatever MLflow raises, a picture of runs must not stop one
         log.debug("No view of experiment %s was written: %s", experiment_id, error)
         return None
-    query = {"workflowType": "machine_learning", "compareRunsMode": "CHART", "viewStateShareKey": VIEW_ID}
+    query = {"workflowType": "machine_learning", "compareRunsMode": "CHART", "viewStateShareKey": view_id}
     return f"/#/experiments/{experiment_id}/runs?{urlencode(query, quote_via=quote)}"
 
 
@@ -100,6 +107,20 @@ def _state(params: Sequence[str], best: str, test: str, curves: Sequence[str], l
         "groupsExpanded": {},
         "globalLineChartConfig": {"xAxisKey": "step", "lineSmoothness": 0, "selectedXAxisMetricKey": ""},
     }
+
+
+def _of_search(state: dict[str, Any], parent_run_id: str, params: Sequence[str], best: str, test: str) -> None:
+    """Turns the view of all runs into that of a search's trials."""
+    state["searchFilter"] = f"tags.`mlflow.parentRunId` = '{parent_run_id}'"
+    state["selectedColumns"].remove(f"metrics.`{test}`")
+    charts = state["compareRunCharts"]
+    section = charts[0]["metricSectionId"]
+    tests = next(chart for chart in charts if chart.get("metricKey") == test)
+    charts.remove(tests)
+    if len(params) < 2:
+        return
+    axes = {axis: {"key": param, "type": "PARAM"} for axis, param in zip(("xaxis", "yaxis"), params, strict=False)}
+    charts.insert(1, _chart("CONTOUR", "contour", section) | axes | {"zaxis": {"key": best, "type": "METRIC"}})
 
 
 def _chart(kind: str, name: str, section: str) -> dict[str, Any]:

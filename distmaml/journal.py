@@ -1,0 +1,117 @@
+"""A search's journal: what happened to its trials, a line each, in the order in which it happened.
+
+All that a search knows about its past. A line is written whole and at once, so a driver that is killed leaves at most
+one torn line, the last, which does not count.
+
+Knows nothing of what a trial does.
+"""
+
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from distmaml.errors import RunError
+
+State = Literal["running", "finished", "pruned", "failed"]
+
+
+@dataclass
+class History:
+    """What is known of one trial."""
+
+    number: int
+    """From 0, in the order in which they were planned."""
+    values: dict[str, Any]
+    """Its configuration, as far as it is particular."""
+    results: list[tuple[int, float]] = field(default_factory=list)
+    """(outer step, value of the selection metric) of each report; a step that was repeated counts once."""
+    state: State = "running"
+    """How it stands; one whose driver was killed is running still."""
+    reason: str | None = None
+    """Why it failed."""
+    metrics: dict[str, float] = field(default_factory=dict)
+    """All that the last report said."""
+
+    @property
+    def step(self) -> int:
+        """Outer steps done."""
+        return self.results[-1][0] if self.results else 0
+
+    def best(self, mode: str) -> float | None:
+        """The best value so far; None before the first that is a number."""
+        values = [value for _, value in self.results if value == value]  # NaN is not equal to itself
+        return (max(values) if mode == "max" else min(values)) if values else None
+
+
+class Journal:
+    """Reads what there is, and adds to it; one writer at a time."""
+
+    def __init__(self, file: Path) -> None:
+        self._file = file
+        self.trials: dict[int, History] = {}
+        """By number, in the order in which they began."""
+        self.results: list[tuple[int, int, float]] = []
+        """(trial number, step, value) in the order in which they came."""
+        self.ended: list[int] = []
+        """Numbers of the trials that are over, in the order in which they ended."""
+        whole = self._whole_lines()
+        for number, line in enumerate(whole, start=1):
+            try:
+                self._take(json.loads(line))
+            except (ValueError, KeyError, TypeError) as error:
+                raise RunError(
+                    f"line {number} of {file} is damaged ({error!r}). Remove the lines from there on to go on from "
+                    "what is before it, or search under another name."
+                ) from error
+        self._drop_torn_line(sum(len(line) for line in whole))
+
+    def started(self, number: int, values: Mapping[str, Any]) -> None:
+        """A trial begins, or goes on after an interruption."""
+        self._write({"kind": "started", "trial": number, "values": dict(values)})
+
+    def reported(self, number: int, step: int, value: float, metrics: Mapping[str, float]) -> None:
+        """A trial has come to a step."""
+        self._write({"kind": "reported", "trial": number, "step": step, "value": value, "metrics": dict(metrics)})
+
+    def over(self, number: int, state: State, reason: str | None) -> None:
+        """A trial has ended."""
+        self._write({"kind": "ended", "trial": number, "state": state, "reason": reason})
+
+    def _write(self, entry: dict[str, Any]) -> None:
+        self._file.parent.mkdir(parents=True, exist_ok=True)
+        line = (json.dumps(entry) + "\n").encode()
+        descriptor = os.open(self._file, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+        try:
+            os.write(descriptor, line)
+        finally:
+            os.close(descriptor)
+        self._take(entry)
+
+    def _take(self, entry: Mapping[str, Any]) -> None:
+        number = int(entry["trial"])
+        if entry["kind"] == "started":
+            self.trials.setdefault(number, History(number, dict(entry["values"]))).state = "running"
+            return
+        trial = self.trials[number]
+        if entry["kind"] == "reported":
+            step, value = int(entry["step"]), float(entry["value"])
+            trial.metrics = dict(entry["metrics"])
+            if step > trial.step:
+                trial.results.append((step, value))
+                self.results.append((number, step, value))
+        else:
+            trial.state, trial.reason = entry["state"], entry["reason"]
+            self.ended.append(number)
+
+    def _whole_lines(self) -> list[bytes]:
+        try:
+            return [line for line in self._file.read_bytes().splitlines(keepends=True) if line.endswith(b"\n")]
+        except FileNotFoundError:
+            return []
+
+    def _drop_torn_line(self, length: int) -> None:
+        if self._file.exists() and self._file.stat().st_size > length:
+            os.truncate(self._file, length)

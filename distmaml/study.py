@@ -1,0 +1,385 @@
+"""The life of one search: its checks, its MLflow runs, its trials on the cluster, going on with it, and its best trial.
+
+A search is a run in MLflow, and each of its trials a run below it. A trial is an ordinary training run, in a folder of
+its own with checkpoints of its own; what makes it a trial is that its driver is this one.
+"""
+
+import functools
+import json
+import logging
+import shlex
+from collections import deque
+from collections.abc import Mapping
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from distmaml import build, experiment, launch, loop, paths, preflight, report, space, workers
+from distmaml.board import Board, best_of
+from distmaml.config import Config, changes, from_json, override, to_json
+from distmaml.errors import ClusterError, ConfigError, DistmamlError, RunError, TrackingError
+from distmaml.files import write_text
+from distmaml.interrupt import Interrupt, interruptible
+from distmaml.journal import History, Journal
+from distmaml.progress import say
+from distmaml.recipes import default_space
+from distmaml.scoring import Evaluated, Intervals
+from distmaml.search import TIME, Ending, Halving, Report, Trial, forwarding, search
+from distmaml.searchers import Searcher, Tried, searcher
+from distmaml.selection import selected
+from distmaml.space import Search
+from distmaml.worker import LocalWorker
+
+log = logging.getLogger("distmaml")
+
+
+class Study(NamedTuple):
+    """What a search came to.
+
+    Attributes:
+      trials: what is known of each, in the order in which they began.
+      best: the best of them.
+      config: of the best trial, at full length and under a name that is free.
+      scores: of the best trial's model on test episodes; None where the search has no test.
+      server: address of the MLflow server that has the runs; None for the embedded database.
+      view: path of the MLflow page that compares the trials, behind a server's address; may be empty.
+    """
+
+    name: str
+    folder: Path
+    trials: list[History]
+    best: History
+    config: Config
+    scores: Intervals | None
+    server: str | None
+    view: str
+
+
+def tune(config: Config, options: Search) -> Study:
+    """Searches, and tests the best trial.
+
+    Args:
+      config: what all trials have in common; its name is the search's.
+
+    Raises:
+      DistmamlError: whatever is wrong, before the cluster starts where that can be known; or no trial came to a result.
+      KeyboardInterrupt: SIGINT or SIGTERM came; all is put in order.
+    """
+    with interruptible() as interrupt:
+        return _tune(config, options, interrupt)
+
+
+def _tune(config: Config, options: Search, interrupt: Interrupt) -> Study:
+    config = _common(workers.checked(config))
+    name, output = config.run.name or "", paths.output_dir(config.run.output_dir)
+    folder = paths.searches(output) / name
+    options = replace(options, space=options.space or default_space(config))
+    chosen = space.parse(config, options.space)
+    space.check_search(config, options)
+    space.check_space(config, chosen)
+    mode = config.evaluation.selection_mode
+    proposer = searcher(options.searcher, chosen, num_trials=options.num_samples, seed=options.search_seed, mode=mode)
+    _check_folder(config, options, folder)
+    preflight.rehearse(replace(config, run=replace(config.run, resume=False)))
+    tracking = experiment.open_tracking(config, resuming=folder if config.run.resume else None)
+    if not tracking.reachable:
+        raise TrackingError(
+            f"the MLflow server at {tracking.uri} cannot be reached, and a search begins with a run there, to which "
+            "its trials belong. Start it, or leave --tracking-uri out for the embedded database."
+        )
+    journal = Journal(paths.journal(folder))
+    tags = {"distmaml.kind": "search", "distmaml.searcher": options.searcher, "distmaml.scheduler": options.scheduler}
+    described = {f"space_{field}": str(domain) for field, domain in chosen.items()} | {
+        key: value for key, value in asdict(options).items() if key not in ("space", "max_concurrent")
+    }
+    with experiment.tracked(config, folder, tracking, interrupt, params=described, tags=tags) as run:
+        write_text(
+            paths.search_file(folder), json.dumps({"config": to_json(config), "search": asdict(options)}, indent=2)
+        )
+        view = experiment.view(config, run, tracking, params=_axes(chosen), of_search=True)
+        trials = Trials(config, options, proposer, journal, tracking, run.run_id)
+        with workers.cluster(config, launch.worker_environment()) as resources:
+            concurrent = _room(config, options, resources)
+            say(
+                f"{workers.count(proposer.num_trials, 'trial')}, {concurrent} at a time on "
+                f"{workers.described(resources)}; the search lies in {folder}"
+            )
+            try:
+                _search(config, options, trials, resources, concurrent)
+            except (ClusterError, KeyboardInterrupt):
+                trials.interrupted()
+                say(f"Nothing of it is lost: the same command with --name {name} --resume goes on.")
+                raise
+            best = best_of(list(journal.trials.values()), mode)
+            if best is None:
+                reasons = list(dict.fromkeys(t.reason for t in journal.trials.values() if t.reason))
+                raise DistmamlError(
+                    f"none of the {workers.count(len(journal.trials), 'trial')} came to a result: {reasons[0]}"
+                    if reasons
+                    else "no trial came to a result."
+                )
+            tested = _test(options, config, best, resources)
+        winner = of_trial(config, Trial(best.number, best.values))
+        value = best.best(mode)
+        assert value is not None
+        run.add_metrics(best.step, {f"best/{config.evaluation.selected_quantity}": value})
+        run.add_tags({"distmaml.best_trial": winner.run.name or ""})
+        if tested is not None:
+            run.add_metrics(tested.step, report.metrics_of(tested.scores))
+            for file in report.write_evaluation(winner, folder, tested):
+                run.add_artifact(file, "evaluation")
+    scores = None if tested is None else tested.scores
+    return Study(
+        name, folder, list(journal.trials.values()), best, winner, scores, None if tracking.embedded else tracking.uri,
+        view,
+    )  # fmt: skip
+
+
+def _search(config: Config, options: Search, trials: "Trials", resources: Mapping[str, float], concurrent: int) -> None:
+    if not trials.num_left:
+        return
+    nested = config.cluster.num_workers > 1
+    gpus = workers.gpus_per_worker(config, resources)
+    # The process of a nested trial only waits for its workers, which ask for what they need.
+    wants = {"node:__internal_head__": 0.001} if nested else {"CPU": 1.0, **({"GPU": gpus} if gpus else {})}
+    halving = None
+    if options.scheduler == "asha":
+        first, steps = space.first_rung(options, config), config.outer.num_outer_steps
+        halving = Halving(first, steps, options.reduction_factor, replay=tuple(trials.journal.results))
+    search(
+        functools.partial(run_trial, config, gpus),
+        trials,
+        trials,
+        halving=halving,
+        metric=config.evaluation.selection_metric,
+        mode=config.evaluation.selection_mode,
+        max_concurrent=concurrent,
+        resources=wants,
+        max_failures=config.cluster.max_failures,
+        storage_path=paths.ray(paths.output_dir(config.run.output_dir)) / f"{config.run.name}-search",
+        name=config.run.name or "",
+    )
+
+
+def _test(options: Search, config: Config, best: History, resources: Mapping[str, float]) -> Evaluated | None:
+    """The best trial's model on the test split, which no trial has seen."""
+    winner = of_trial(config, Trial(best.number, best.values))
+    if not winner.evaluation.num_test_episodes:
+        return None
+    say(f"Testing the best: {winner.run.name}")
+    found: Evaluated = workers.fit(loop.evaluate, winner, f"{winner.run.name}-test", resources, max_failures=0)
+    return found
+
+
+# ---------------------------------------------------------------------------------------------- a trial
+
+
+def of_trial(config: Config, trial: Trial) -> Config:
+    """The configuration of one trial: a training run whose name ends in its number."""
+    name = f"{config.run.name}-{trial.number:03d}"
+    return override(config, {**trial.values, "name": name, "resume": False})
+
+
+def run_trial(config: Config, gpus: float, trial: Trial, report: Report) -> None:
+    """What the process of a trial does.
+
+    Args:
+      gpus: of each worker.
+    """
+    logging.getLogger("distmaml").setLevel(logging.ERROR)  # what is to be said of all trials, their driver says
+    own, metric = of_trial(config, trial), config.evaluation.selection_metric
+    if config.cluster.num_workers == 1:
+        device = torch.device("cuda" if gpus else "cpu")
+        metrics = loop.train(own, LocalWorker(device, tell=report))
+    else:
+        metrics = launch.fit(
+            loop.train,
+            own,
+            name=own.run.name or "",
+            storage_path=paths.ray(paths.output_dir(own.run.output_dir)) / (own.run.name or ""),
+            num_workers=own.cluster.num_workers,
+            gpus_per_worker=gpus,
+            max_failures=own.cluster.max_failures,
+            callbacks=[forwarding()],
+        )
+    if metric not in metrics:  # it was over when it was started again: its last report may have been lost
+        best = metrics.get(f"best/{config.evaluation.selected_quantity}")
+        if best is not None:
+            report({TIME: metrics["step"], metric: best})
+
+
+class Trials:
+    """The plan of a search, and what it hears: the journal, the trials' MLflow runs and the board."""
+
+    def __init__(
+        self,
+        config: Config,
+        options: Search,
+        proposer: Searcher,
+        journal: Journal,
+        tracking: Any,
+        parent_run_id: str | None,
+    ) -> None:
+        self.journal = journal
+        self._config, self._options, self._proposer = config, options, proposer
+        self._tracking, self._parent = tracking, parent_run_id
+        self._runs: dict[int, Any] = {}
+        self._board = Board(config.evaluation, num_trials=proposer.num_trials, num_steps=config.outer.num_outer_steps)
+        begun = journal.trials
+        unfinished = [number for number, trial in begun.items() if trial.state == "running"]
+        self._left = deque([*unfinished, *(n for n in range(proposer.num_trials) if n not in begun)])
+
+    @property
+    def num_left(self) -> int:
+        return len(self._left)
+
+    def next(self) -> Trial:
+        number = self._left.popleft()
+        if number in self.journal.trials:
+            return Trial(number, self.journal.trials[number].values)
+        mode, ended = self._config.evaluation.selection_mode, [self.journal.trials[n] for n in self.journal.ended]
+        tried = [Tried(trial.values, None if trial.state == "failed" else trial.best(mode)) for trial in ended]
+        return Trial(number, self._proposer.suggest(number, tried))
+
+    def started(self, trial: Trial) -> None:
+        config = of_trial(self._config, trial)
+        folder = paths.run_folder(config)
+        write_text(paths.config_file(folder), json.dumps(to_json(config), indent=2))
+        build.pin_store(config)
+        tags = {
+            "mlflow.parentRunId": self._parent or "",
+            "distmaml.kind": "trial",
+            "distmaml.search": self._config.run.name or "",
+            "distmaml.searcher": self._options.searcher,
+            "distmaml.scheduler": self._options.scheduler,
+        }
+        run = experiment.begin(config, folder, self._tracking, params={"trial": trial.number}, tags=tags)
+        self._runs[trial.number] = run
+        self.journal.started(trial.number, trial.values)
+        self._show()
+
+    def reported(self, trial: Trial, metrics: Mapping[str, float]) -> None:
+        value = selected(metrics, self._config.evaluation)
+        self.journal.reported(trial.number, int(metrics[TIME]), value, metrics)
+        self._show()
+
+    def ended(self, trial: Trial, how: Ending, reason: str | None) -> None:
+        known = self.journal.trials[trial.number]
+        run = self._runs.pop(trial.number)
+        run.add_tags(
+            {"distmaml.trial_state": how, **({"distmaml.pruned_at": str(known.step)} if how == "pruned" else {})}
+        )
+        run.end("FAILED" if how == "failed" else "FINISHED", reason=reason)
+        self.journal.over(trial.number, how, reason)
+        self._show(ended=known)
+
+    def interrupted(self) -> None:
+        """The search ends before its trials do."""
+        for run in self._runs.values():
+            run.end("KILLED", reason="its search was stopped", timeout=3.0)
+        self._runs.clear()
+
+    def _show(self, *, ended: History | None = None) -> None:
+        self._board.show(list(self.journal.trials.values()), ended=ended)
+
+
+# ---------------------------------------------------------------------------------------------- checks
+
+
+def _common(config: Config) -> Config:
+    """What all trials have in common: a report, and so a checkpoint, at each validation."""
+    run = replace(
+        config.run,
+        experiment=config.run.experiment or f"{config.recipe}-search",
+        checkpoint_every=config.evaluation.val_every or config.run.checkpoint_every,
+    )
+    return replace(config, run=run)
+
+
+def _check_folder(config: Config, options: Search, folder: Path) -> None:
+    """Refuses to begin a search of a name that is taken, or to go on with one that is not there or is another.
+
+    Raises:
+      RunError: naming what stands in the way.
+    """
+    name, file = config.run.name, paths.search_file(folder)
+    runs = paths.runs(paths.output_dir(config.run.output_dir))
+    if not config.run.resume:
+        if file.exists():
+            raise RunError(
+                f"a search named {name!r} exists in {folder}. Go on with it by --resume, or choose another --name."
+            )
+        taken = sorted(path.name for path in runs.glob(f"{name}-[0-9][0-9][0-9]*"))
+        if taken:
+            raise RunError(
+                f"runs in {runs} have the names of its trials: {', '.join(taken[:3])}. Choose another --name."
+            )
+        return
+    before, searched = read(folder)
+    differences = changes(to_json(before), config)
+    differences += [
+        f"{key}={value!r} (was {getattr(searched, key)!r})"
+        for key, value in asdict(options).items()
+        if key not in ("num_samples", "max_concurrent") and value != getattr(searched, key)
+    ]
+    if to_json(before)["num_outer_steps"] != config.outer.num_outer_steps:
+        differences.append(f"num_outer_steps={config.outer.num_outer_steps} (was {before.outer.num_outer_steps})")
+    if differences:
+        raise RunError(
+            f"the search {name!r} cannot go on with {', '.join(differences)}. Take the old values or another --name."
+        )
+
+
+def read(folder: Path) -> tuple[Config, Search]:
+    """What a search searches, and how.
+
+    Raises:
+      RunError: there is none, or its file is damaged.
+    """
+    file = paths.search_file(folder)
+    if not file.exists():
+        known = sorted(path.parent.name for path in folder.parent.glob("*/search.json"))
+        raise RunError(
+            f"there is no search named {folder.name!r} in {folder.parent}. There are: {', '.join(known) or 'none'}."
+        )
+    try:
+        record = json.loads(file.read_text())
+        return from_json(record["config"]), Search(**{**record["search"], "space": tuple(record["search"]["space"])})
+    except (OSError, ValueError, KeyError, TypeError, ConfigError) as error:
+        raise RunError(f"{file} is damaged, or of another version of distmaml ({error}).") from error
+
+
+def _room(config: Config, options: Search, resources: Mapping[str, float]) -> int:
+    """How many trials the cluster can carry at a time, and no more than are asked for.
+
+    Raises:
+      ClusterError: not a single one.
+    """
+    team = config.cluster.num_workers
+    wants = {"CPU": float(team), "GPU": team * workers.gpus_per_worker(config, resources)}
+    room = min(int(resources.get(kind, 0.0) / each) for kind, each in wants.items() if each)
+    if room < 1:
+        needs = " and ".join(workers.count(each, kind) for kind, each in wants.items() if each)
+        raise ClusterError(
+            f"a trial needs {needs}, and the cluster has {workers.described(resources)}: none could ever start. Lower "
+            "--num-workers, or add nodes."
+        )
+    return room if options.max_concurrent is None else min(room, options.max_concurrent)
+
+
+def _axes(chosen: space.Space) -> list[str]:
+    """The parameters that the charts are drawn over: the searched ones, with learning rates as logarithms."""
+    rates = [f"log10_{field}" for field in ("inner_lr", "outer_lr") if field in chosen]
+    return [*rates, *(field for field in chosen if field not in ("inner_lr", "outer_lr"))]
+
+
+def command(study: Study) -> str:
+    """The command that trains the best configuration at full length."""
+    values = [word for field, value in study.best.values.items() for word in _option(field, value)]
+    return shlex.join(["python", "jobs/train.py", study.config.recipe, *values])
+
+
+def _option(field: str, value: Any) -> list[str]:
+    return [f"--{field.replace('_', '-')}", "None" if value is None else str(value)]
