@@ -2,11 +2,11 @@
 
 import argparse
 import os
-import shlex
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import Any
 
 import tyro
 
@@ -15,10 +15,6 @@ from distmaml.errors import ConfigError, DistmamlError, unknown
 from distmaml.interrupt import EXIT_STATUS
 from distmaml.recipes import RECIPES
 from distmaml.space import Search
-
-if TYPE_CHECKING:  # the driver takes a second to import, and --help does not need it
-    from distmaml.driver import Outcome
-    from distmaml.study import Study
 
 
 @dataclass(frozen=True)
@@ -45,10 +41,23 @@ def parse_recipe(arguments: Sequence[str], *, prog: str, description: str | None
 
 
 def parse_search(arguments: Sequence[str], *, prog: str, description: str | None) -> tuple[Config, Search]:
-    """What ``RECIPE [options]`` names where options of a search are among them; see `parse_recipe`."""
-    default = _default(arguments, prog=prog, description=description)
-    parsed: _Tuning = _parse(_Tuning, _Tuning(Search(), default), arguments, prog)
+    """What ``RECIPE [options]`` or ``--resume NAME [options]`` names, options of a search among them."""
+    if arguments[:1] == ["--resume"] and len(arguments) > 1:
+        default = _interrupted(arguments)
+    else:
+        default = _Tuning(Search(), _default(arguments, prog=prog, description=description))
+    words = [default.config.recipe, *arguments[2:]] if default.config.run.resume else arguments
+    parsed: _Tuning = _parse(_Tuning, default, words, prog)
     return parsed.config, parsed.search
+
+
+def _interrupted(arguments: Sequence[str]) -> _Tuning:
+    from distmaml.study import settings_of  # which takes a second to import, and --help does not need it
+
+    where = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    where.add_argument("--output-dir", type=Path)
+    config, search = settings_of(arguments[1], where.parse_known_args(arguments[2:])[0].output_dir)
+    return _Tuning(search, override(config, {"resume": True}))
 
 
 def _default(arguments: Sequence[str], *, prog: str, description: str | None) -> Config:
@@ -74,7 +83,7 @@ def _parse(kind: type, default: Any, arguments: Sequence[str], prog: str) -> Any
         default=default,
         args=list(arguments[1:]),
         prog=f"{prog} {arguments[0]}",
-        description=RECIPES[arguments[0]].__doc__,
+        description=RECIPES[arguments[0]].__doc__ if arguments[0] in RECIPES else None,
     )
 
 
@@ -93,9 +102,6 @@ def guarded(main: Callable[[], int | None]) -> int | None:
         os._exit(EXIT_STATUS)
 
 
-def how_to_compare(outcome: "Outcome | Study") -> list[str]:
-    """What opens the MLflow UI on the runs of the experiment, a line each: a link, and the command that it needs."""
-    if outcome.server is not None:
-        return [f"compare   open {outcome.server}{outcome.view}"]
-    home = shlex.quote(str(outcome.folder.parent.parent))
-    return [f"compare   run  DISTMAML_HOME={home} make ui", f"          open http://127.0.0.1:5000{outcome.view}"]
+def compare(lines: Sequence[str]) -> str:
+    """How to open the MLflow page that compares runs, to print."""
+    return "\n".join(f"{'compare' if number == 0 else '':9s} {line}" for number, line in enumerate(lines))

@@ -29,16 +29,14 @@ class Outcome(NamedTuple):
     Attributes:
       metrics: the last of each.
       scores: on test episodes; None where the run has no test.
-      server: address of the MLflow server that has the run; None for the embedded database.
-      view: path of the MLflow page that compares the runs of the experiment, behind a server's address; may be empty.
+      compare: what opens the MLflow page that compares the runs of the experiment, a line each.
     """
 
     name: str
     folder: Path
     metrics: dict[str, float]
     scores: Intervals | None
-    server: str | None
-    view: str
+    compare: tuple[str, ...]
 
 
 # -------------------------------------------------------------------------------------------- training
@@ -87,7 +85,7 @@ def _train(config: Config, interrupt: Interrupt) -> Outcome:
         scores = None if tested is None else tested.scores
         for picture in _draw(config, folder, scores):
             run.add_artifact(picture, "pictures")
-    return Outcome(name, folder, metrics, scores, None if tracking.embedded else tracking.uri, view)
+    return Outcome(name, folder, metrics, scores, experiment.how_to_compare(tracking, output, view))
 
 
 def train_and_test(config: Config, worker: Worker) -> tuple[dict[str, float], Evaluated | None]:

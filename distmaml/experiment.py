@@ -4,6 +4,7 @@ mlflow is imported when it is first needed: a mistake on the command line should
 """
 
 import os
+import shlex
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -151,6 +152,18 @@ def view(
         parent_run_id=run.run_id if of_search else None,
     )
     return found or ""
+
+
+def how_to_compare(tracking: Any, output: Path, view: str) -> tuple[str, ...]:
+    """What opens a page of MLflow, a line each: a link, and the command that it needs.
+
+    Args:
+      output: the output folder, which has the embedded database.
+      view: path of the page.
+    """
+    if not tracking.embedded:
+        return (f"open {tracking.uri}{view}",)
+    return (f"run  DISTMAML_HOME={shlex.quote(str(output))} make ui", f"open http://127.0.0.1:5000{view}")
 
 
 def add_evaluation(folder: Path, tracking: Any, step: int, metrics: Mapping[str, float], files: list[Path]) -> None:

@@ -127,8 +127,6 @@ def search(
             scheduler=scheduler,
             num_samples=plan.num_left,
             max_concurrent_trials=max_concurrent,
-            metric=metric,
-            mode=mode,
         ),
         run_config=tune.RunConfig(
             name=name,

@@ -13,15 +13,17 @@ and one on another cluster try the same ones.
 """
 
 import itertools
+import json
 import math
 import random
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Annotated, Any, Literal, TypeAlias, get_args
 
 from tyro.conf import UseAppendAction
 
-from distmaml.config import Config, flatten, override, parse_field
+from distmaml.config import Config, flatten, from_json, override, parse_field, to_json
 from distmaml.errors import ConfigError, unknown
 from distmaml.limits import check
 
@@ -110,6 +112,24 @@ class Search:
     """Trials at a time. Default: as many as the cluster has room for."""
     search_seed: int = 0
     """Seed of what is tried. The trials themselves all have the recipe's seed."""
+
+
+def to_text(config: Config, search: Search) -> str:
+    """JSON of a search; `read` turns a file of it back."""
+    return json.dumps({"config": to_json(config), "search": asdict(search)}, indent=2) + "\n"
+
+
+def read(file: Path) -> tuple[Config, Search]:
+    """What all trials of a search have in common, and how it goes about it.
+
+    Raises:
+      ConfigError: a missing or damaged file, or one of another version.
+    """
+    try:
+        record = json.loads(file.read_text())
+        return from_json(record["config"]), Search(**{**record["search"], "space": tuple(record["search"]["space"])})
+    except (OSError, ValueError, KeyError, TypeError, ConfigError) as error:
+        raise ConfigError(f"{file} is damaged, or of another version of distmaml ({error}). Search anew.") from error
 
 
 def first_rung(search: Search, config: Config) -> int:

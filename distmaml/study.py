@@ -18,13 +18,13 @@ import torch
 
 from distmaml import build, experiment, launch, loop, paths, preflight, report, space, workers
 from distmaml.board import Board, best_of
-from distmaml.config import Config, changes, from_json, override, to_json
-from distmaml.errors import ClusterError, ConfigError, DistmamlError, RunError, TrackingError
+from distmaml.config import Config, changes, override, to_json
+from distmaml.errors import ClusterError, DistmamlError, RunError, TrackingError
 from distmaml.files import write_text
 from distmaml.interrupt import Interrupt, interruptible
 from distmaml.journal import History, Journal
 from distmaml.progress import say
-from distmaml.recipes import default_space
+from distmaml.recipes import RECIPES, default_space
 from distmaml.scoring import Evaluated, Intervals
 from distmaml.search import TIME, Ending, Halving, Report, Trial, forwarding, search
 from distmaml.searchers import Searcher, Tried, searcher
@@ -43,8 +43,7 @@ class Study(NamedTuple):
       best: the best of them.
       config: of the best trial, at full length and under a name that is free.
       scores: of the best trial's model on test episodes; None where the search has no test.
-      server: address of the MLflow server that has the runs; None for the embedded database.
-      view: path of the MLflow page that compares the trials, behind a server's address; may be empty.
+      compare: what opens the MLflow page that compares the trials, a line each.
     """
 
     name: str
@@ -53,8 +52,7 @@ class Study(NamedTuple):
     best: History
     config: Config
     scores: Intervals | None
-    server: str | None
-    view: str
+    compare: tuple[str, ...]
 
 
 def tune(config: Config, options: Search) -> Study:
@@ -95,10 +93,10 @@ def _tune(config: Config, options: Search, interrupt: Interrupt) -> Study:
         key: value for key, value in asdict(options).items() if key not in ("space", "max_concurrent")
     }
     with experiment.tracked(config, folder, tracking, interrupt, params=described, tags=tags) as run:
-        write_text(
-            paths.search_file(folder), json.dumps({"config": to_json(config), "search": asdict(options)}, indent=2)
-        )
+        write_text(paths.search_file(folder), space.to_text(config, options))
         view = experiment.view(config, run, tracking, params=_axes(chosen), of_search=True)
+        compare = experiment.how_to_compare(tracking, output, view)
+        say("The trials in MLflow: " + ", then ".join(compare))
         trials = Trials(config, options, proposer, journal, tracking, run.run_id)
         with workers.cluster(config, launch.worker_environment()) as resources:
             concurrent = _room(config, options, resources)
@@ -108,9 +106,9 @@ def _tune(config: Config, options: Search, interrupt: Interrupt) -> Study:
             )
             try:
                 _search(config, options, trials, resources, concurrent)
-            except (ClusterError, KeyboardInterrupt):
+            except BaseException:
                 trials.interrupted()
-                say(f"Nothing of it is lost: the same command with --name {name} --resume goes on.")
+                say(f"Nothing of it is lost: jobs/tune.py --resume {name} goes on.")
                 raise
             best = best_of(list(journal.trials.values()), mode)
             if best is None:
@@ -131,10 +129,7 @@ def _tune(config: Config, options: Search, interrupt: Interrupt) -> Study:
             for file in report.write_evaluation(winner, folder, tested):
                 run.add_artifact(file, "evaluation")
     scores = None if tested is None else tested.scores
-    return Study(
-        name, folder, list(journal.trials.values()), best, winner, scores, None if tracking.embedded else tracking.uri,
-        view,
-    )  # fmt: skip
+    return Study(name, folder, list(journal.trials.values()), best, winner, scores, compare)
 
 
 def _search(config: Config, options: Search, trials: "Trials", resources: Mapping[str, float], concurrent: int) -> None:
@@ -317,7 +312,7 @@ def _check_folder(config: Config, options: Search, folder: Path) -> None:
                 f"runs in {runs} have the names of its trials: {', '.join(taken[:3])}. Choose another --name."
             )
         return
-    before, searched = read(folder)
+    before, searched = settings_of(config.run.name or "", config.run.output_dir)
     differences = changes(to_json(before), config)
     differences += [
         f"{key}={value!r} (was {getattr(searched, key)!r})"
@@ -332,23 +327,18 @@ def _check_folder(config: Config, options: Search, folder: Path) -> None:
         )
 
 
-def read(folder: Path) -> tuple[Config, Search]:
-    """What a search searches, and how.
+def settings_of(name: str, output_dir: Path | None) -> tuple[Config, Search]:
+    """What the search of a name searches, and how.
 
     Raises:
-      RunError: there is none, or its file is damaged.
+      RunError: there is none; the message names those that are.
+      ConfigError: its file is damaged.
     """
-    file = paths.search_file(folder)
-    if not file.exists():
-        known = sorted(path.parent.name for path in folder.parent.glob("*/search.json"))
-        raise RunError(
-            f"there is no search named {folder.name!r} in {folder.parent}. There are: {', '.join(known) or 'none'}."
-        )
-    try:
-        record = json.loads(file.read_text())
-        return from_json(record["config"]), Search(**{**record["search"], "space": tuple(record["search"]["space"])})
-    except (OSError, ValueError, KeyError, TypeError, ConfigError) as error:
-        raise RunError(f"{file} is damaged, or of another version of distmaml ({error}).") from error
+    searches = paths.searches(paths.output_dir(output_dir))
+    known = sorted(path.parent.name for path in searches.glob("*/search.json"))
+    if name not in known:
+        raise RunError(f"there is no search named {name!r} in {searches}. There are: {', '.join(known) or 'none'}.")
+    return space.read(paths.search_file(searches / name))
 
 
 def _room(config: Config, options: Search, resources: Mapping[str, float]) -> int:
@@ -376,10 +366,22 @@ def _axes(chosen: space.Space) -> list[str]:
 
 
 def command(study: Study) -> str:
-    """The command that trains the best configuration at full length."""
-    values = [word for field, value in study.best.values.items() for word in _option(field, value)]
-    return shlex.join(["python", "jobs/train.py", study.config.recipe, *values])
+    """The command that trains the best configuration at the full length of its recipe."""
+    usual = to_json(RECIPES[study.config.recipe]()) if study.config.recipe in RECIPES else {}
+    words = ["python", "jobs/train.py", study.config.recipe]
+    for field, value in to_json(study.config).items():
+        if field not in _NOT_OF_THE_RUN and value != usual.get(field):
+            words += _option(field, value)
+    return shlex.join(words)
+
+
+_NOT_OF_THE_RUN = {"recipe", "name", "experiment", "resume", "checkpoint_every", "num_outer_steps"}
 
 
 def _option(field: str, value: Any) -> list[str]:
-    return [f"--{field.replace('_', '-')}", "None" if value is None else str(value)]
+    flag = field.replace("_", "-")
+    if isinstance(value, bool):
+        return [f"--{flag}" if value else f"--no-{flag}"]
+    if isinstance(value, dict):
+        return [f"--{flag}", *(str(word) for pair in value.items() for word in pair)]
+    return [f"--{flag}", *(str(word) for word in (value if isinstance(value, list) else [value]))]

@@ -14,7 +14,7 @@ def main() -> int:
         print(report.table(outcome.scores))
     print(f"\nmodel     {paths.model(outcome.folder)}")
     print(f"pictures  {paths.artifacts(outcome.folder)}")
-    print("\n".join(cli.how_to_compare(outcome)))
+    print(cli.compare(outcome.compare))
     return 0
 
 

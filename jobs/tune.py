@@ -17,7 +17,7 @@ def main() -> int:
         print(f"\nTest on {config.evaluation.num_test_episodes} episodes of {report.data_of(config, 'test')}:")
         print(report.table(found.scores))
     print(f"\ntrain it  {study.command(found)}")
-    print("\n".join(cli.how_to_compare(found)))
+    print(cli.compare(found.compare))
     return 0
 
 

@@ -65,7 +65,7 @@ def locally(monkeypatch: pytest.MonkeyPatch) -> None:
     """The one worker runs in this process; everything else of the driver is as ever."""
 
     @contextmanager
-    def connect(address: str | None, *, num_cpus: int) -> Iterator[Mapping[str, float]]:
+    def connect(address: str | None, *, num_cpus: int, environment: object) -> Iterator[Mapping[str, float]]:
         yield {"CPU": float(num_cpus)}
 
     def fit(loop: Callable[[Config, Worker], Any], config: Config, **_: Any) -> Any:
@@ -80,7 +80,7 @@ def locally(monkeypatch: pytest.MonkeyPatch) -> None:
 def no_cluster(monkeypatch: pytest.MonkeyPatch) -> None:
     """A cluster that is started all the same fails the test."""
 
-    def connect(address: str | None, *, num_cpus: int) -> None:
+    def connect(address: str | None, *, num_cpus: int, environment: object) -> None:
         pytest.fail("a cluster was started")
 
     monkeypatch.setattr(ray_cluster, "connect", connect)
@@ -205,7 +205,7 @@ def test_a_run_goes_on_in_the_mlflow_that_has_it(output_dir: Path, monkeypatch: 
     driver.train(config)
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:9")
     outcome = driver.train(override(config, {"resume": True, "num_outer_steps": 6}))
-    assert outcome.server is None
+    assert outcome.compare[0] == f"run  DISTMAML_HOME={output_dir} make ui"
     (run,) = mlflow_runs(output_dir)
     assert logged_steps(output_dir, run, "train/query_loss") == [1, 2, 3, 4, 5, 6]
 
@@ -366,7 +366,7 @@ def test_a_run_without_mlflow_ends_well(output_dir: Path, monkeypatch: pytest.Mo
     config = sinusoid(output_dir, tracking_uri="http://127.0.0.1:9")
     outcome = driver.train(config)
     assert outcome.scores is not None
-    assert outcome.server == "http://127.0.0.1:9"
+    assert outcome.compare[0].startswith("open http://127.0.0.1:9")
     kept = [p.step for s in committed_segments(outcome.folder / "metrics", -1) for p in read_points(s)]
     assert sorted({*kept}) == [1, 2, 3, 4], "the points wait in the run's folder"
     assert not (outcome.folder / "tracking" / "sent.json").exists()
