@@ -1,0 +1,270 @@
+"""Whole searches: what they leave behind, how they end, and how they go on."""
+
+import json
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from distmaml import checkpoint, paths, space, study, workers
+from distmaml.config import Config, override
+from distmaml.errors import ConfigError, RunError, TrackingError
+from distmaml.journal import Journal
+from distmaml.recipes import default_space, glyphs_maml_5w1s, image_folder_maml
+from distmaml.search import Trial
+from distmaml.space import Search
+from tests.conftest import Job, StartJob
+from tests.runs import waves
+from tests.test_driver import logged_steps, mlflow_runs
+
+SPACE = ("inner_lr=log:0.01:0.1", "outer_lr=log:0.001:0.03", "num_inner_steps=int:1:3")
+OPTIONS = [
+    *("--name", "s", "--space", SPACE[0], "--space", SPACE[1], "--space", SPACE[2], "--num-samples", "5"),
+    *("--num-outer-steps", "300", "--val-every", "20", "--num-val-episodes", "10", "--num-test-episodes", "10"),
+    *("--log-every", "20", "--use-gpu", "no"),
+]
+
+
+def search(output_dir: Path, **changes: Any) -> Config:
+    return waves(output_dir, "s", checkpoint_every=100, **changes)
+
+
+def best_params(output_dir: Path, number: int) -> dict[str, torch.Tensor]:
+    tensors, _ = checkpoint.load(paths.model(paths.runs(output_dir) / f"s-{number:03d}"))
+    return tensors
+
+
+# ----------------------------------------------------------------------------------- without a cluster
+
+
+@pytest.fixture
+def no_cluster(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A cluster that is started all the same fails the test."""
+    monkeypatch.setattr(workers, "cluster", lambda *_: pytest.fail("a cluster was started"))
+
+
+@pytest.mark.usefixtures("no_cluster")
+@pytest.mark.parametrize(
+    ("options", "changes", "says"),
+    [
+        (Search(space=("inner_rl=log:0.1:1",)), {}, "did you mean 'inner_lr'"),
+        (Search(space=("inner_lr=log:1:0.1",)), {}, "must lie above"),
+        (Search(space=("inner_lr=log:0:1",)), {}, "begins above 0"),
+        (Search(space=("num_workers=int:1:2",)), {}, "the same for all trials"),
+        (Search(num_samples=0), {}, "num_samples=0"),
+        (Search(max_concurrent=0), {}, "max_concurrent=0"),
+        (Search(reduction_factor=1), {}, "reduction_factor=1"),
+        (Search(first_rung=21), {}, "first_rung=21"),
+        (Search(searcher="grid"), {}, "number of points"),
+        (Search(), {"val_every": 0}, "val_every=0"),
+        (Search(), {"selection_metric": "val/query_acuracy"}, "val/query_loss"),
+    ],
+)
+def test_what_cannot_work_is_one_error_before_any_cluster(
+    output_dir: Path, options: Search, changes: dict[str, Any], says: str
+) -> None:
+    with pytest.raises(ConfigError) as refused:
+        study.tune(search(output_dir, **changes), options)
+    assert says in str(refused.value)
+    assert not (output_dir / "searches").exists()
+    assert not mlflow_runs(output_dir)
+
+
+@pytest.mark.usefixtures("no_cluster")
+def test_a_server_that_is_away_stops_a_search_before_it_begins(output_dir: Path) -> None:
+    with pytest.raises(TrackingError, match="cannot be reached"):
+        study.tune(search(output_dir, tracking_uri="http://127.0.0.1:9"), Search())
+    assert not (output_dir / "searches").exists()
+
+
+@pytest.mark.usefixtures("no_cluster")
+def test_names_that_are_taken_or_not_there_are_refused(output_dir: Path) -> None:
+    config = search(output_dir)
+    with pytest.raises(RunError, match="no search named 's'"):
+        study.tune(override(config, {"resume": True}), Search())
+    (paths.runs(output_dir) / "s-000").mkdir(parents=True)
+    with pytest.raises(RunError, match="s-000"):
+        study.tune(config, Search())
+    (paths.runs(output_dir) / "s-000").rmdir()
+    file = paths.search_file(paths.searches(output_dir) / "s")
+    file.parent.mkdir(parents=True)
+    file.write_text(space.to_text(config, Search(space=SPACE)))
+    with pytest.raises(RunError, match="--resume"):
+        study.tune(config, Search())
+    with pytest.raises(RunError, match="searcher='tpe'"):
+        study.tune(override(config, {"resume": True}), Search(space=SPACE, searcher="tpe"))
+    with pytest.raises(RunError, match="meta_batch_size=8"):
+        study.tune(override(config, {"resume": True, "meta_batch_size": 8}), Search(space=SPACE))
+    file.write_text("{")
+    with pytest.raises(ConfigError, match="damaged"):
+        study.tune(override(config, {"resume": True}), Search(space=SPACE))
+
+
+def test_every_recipe_has_a_default_space_that_its_trials_could_have(tmp_path: Path) -> None:
+    for recipe in (glyphs_maml_5w1s, image_folder_maml):
+        config = recipe()
+        space.check_space(config, space.parse(config, default_space(config)))
+    own = override(waves(tmp_path, "s"), {"algorithm": "package.module:own"})
+    assert default_space(own) == ("outer_lr=log:0.0001:0.01", "meta_batch_size=choice:3,7,14")
+
+
+def test_a_trial_is_a_run_that_differs_from_the_others_in_its_values_alone(tmp_path: Path) -> None:
+    config = search(tmp_path, resume=True)
+    trial = study.of_trial(config, Trial(7, {"inner_lr": 0.3, "algorithm": "anil"}))
+    assert trial == override(config, {"name": "s-007", "inner_lr": 0.3, "algorithm": "anil", "resume": False})
+
+
+def test_rungs_begin_at_a_validation_near_a_27th(tmp_path: Path) -> None:
+    config = search(tmp_path, num_outer_steps=1000, val_every=10)
+    assert space.first_rung(Search(), config) == 40
+    assert space.first_rung(Search(first_rung=15), config) == 15
+    assert space.first_rung(Search(), search(tmp_path, num_outer_steps=5, val_every=10)) == 5
+
+
+# ------------------------------------------------------------------------------------------ on a cluster
+
+
+@pytest.fixture(scope="module")
+def undisturbed(prepared: Path, start_job: StartJob, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Job]:
+    """A random search of five, all of them trained to the end."""
+    folder = tmp_path_factory.mktemp("undisturbed")
+    return folder, finished(start_job, folder, "sinusoid-maml-5s", *OPTIONS, "--scheduler", "none")
+
+
+def finished(start_job: StartJob, folder: Path, *arguments: str, status: int = 0) -> Job:
+    job = start_job("tune", *arguments, "--output-dir", str(folder), folder=folder)
+    assert job.wait(seconds=400) == status, job.output
+    return job
+
+
+def journal(folder: Path) -> Journal:
+    return Journal(paths.journal(paths.searches(folder) / "s"))
+
+
+@pytest.mark.ray
+def test_a_search_is_a_run_with_its_trials_below_it(undisturbed: tuple[Path, Job]) -> None:
+    folder, job = undisturbed
+    runs = {run.info.run_name: run for run in mlflow_runs(folder)}
+    assert runs.keys() == {"s", *(f"s-{n:03d}" for n in range(5))}
+    assert {run.info.status for run in runs.values()} == {"FINISHED"}
+    parent, children = runs.pop("s"), list(runs.values())
+    assert {child.data.tags["mlflow.parentRunId"] for child in children} == {parent.info.run_id}
+    assert {child.data.tags["distmaml.trial_state"] for child in children} == {"finished"}
+    assert [runs[f"s-{n:03d}"].data.params["trial"] for n in range(5)] == ["0", "1", "2", "3", "4"]
+    assert parent.data.params["space_inner_lr"] == "log:0.01:0.1"
+    assert parent.data.params["searcher"] == "random"
+    keys = [(set(child.data.params), set(child.data.metrics)) for child in children]
+    assert all(found == keys[0] for found in keys)
+    assert "log10_inner_lr" in keys[0][0]
+    assert len({child.data.params["inner_lr"] for child in children}) == 5
+    for child in children:
+        assert logged_steps(folder, child, "val/query_loss") == list(range(20, 301, 20))
+    best = min(child.data.metrics["best/query_loss"] for child in children)
+    assert parent.data.metrics["best/query_loss"] == best
+    assert "300 outer steps" not in job.output
+    assert "Traceback" not in job.output
+    assert "Warning" not in job.output
+
+
+@pytest.mark.ray
+def test_no_trial_sees_the_test_split_and_the_best_is_tested_once(undisturbed: tuple[Path, Job]) -> None:
+    folder, job = undisturbed
+    tested = [run.info.run_name for run in mlflow_runs(folder) if any(k.startswith("test") for k in run.data.metrics)]
+    assert tested == ["s"]
+    record = json.loads((folder / "searches" / "s" / "evaluation-test.json").read_text())
+    best = min(journal(folder).trials.values(), key=lambda trial: trial.best("min") or 0.0)
+    assert record["run"] == f"s-{best.number:03d}"
+    assert f"--inner-lr {best.values['inner_lr']} --num-inner-steps" in job.output
+
+
+@pytest.mark.ray
+def test_a_search_whose_driver_is_killed_goes_on_to_the_same_end(
+    undisturbed: tuple[Path, Job], start_job: StartJob, tmp_path: Path
+) -> None:
+    reference, _ = undisturbed
+    job = start_job(
+        "tune", "sinusoid-maml-5s", *OPTIONS, "--scheduler", "none", "--output-dir", str(tmp_path), folder=tmp_path
+    )
+    file = paths.journal(paths.searches(tmp_path) / "s")
+    job.wait_for(lambda: file.exists() and b'"ended"' in file.read_bytes())
+    job.signal(signal.SIGKILL)
+    job.end()
+    before = journal(tmp_path)
+    assert 1 <= len(before.ended) < 5
+    finished(start_job, tmp_path, "--resume", "s")
+    after, expected = journal(tmp_path), journal(reference)
+    for number in range(5):
+        assert after.trials[number].results == expected.trials[number].results
+        assert after.trials[number].values == expected.trials[number].values
+        found, wanted = best_params(tmp_path, number), best_params(reference, number)
+        assert all(torch.equal(found[name], wanted[name]) for name in wanted)
+    lines = [json.loads(line) for line in file.read_text().splitlines()]
+    for number in before.ended:  # not run again
+        assert sum(line["kind"] == "started" and line["trial"] == number for line in lines) == 1
+    runs = mlflow_runs(tmp_path)
+    assert sorted(run.info.run_name for run in runs) == ["s", *(f"s-{n:03d}" for n in range(5))]
+    assert {run.info.status for run in runs} == {"FINISHED"}
+    for run in runs:
+        if run.info.run_name != "s":
+            assert logged_steps(tmp_path, run, "val/query_loss") == list(range(20, 301, 20))
+
+
+@pytest.mark.ray
+def test_halving_prunes_and_a_trial_that_diverges_fails_alone(start_job: StartJob, tmp_path: Path) -> None:
+    rates = ("--space", "outer_lr=choice:0.01,1e30", "--searcher", "grid", "--space", "inner_lr=log:0.001:0.1:3")
+    job = finished(start_job, tmp_path, "sinusoid-maml-5s", *OPTIONS[:2], *rates, *OPTIONS[10:], "--first-rung", "20")
+    trials = journal(tmp_path).trials
+    diverged = [trial for trial in trials.values() if trial.values["outer_lr"] == 1e30]
+    assert [trial.state for trial in diverged] == ["failed"] * 3
+    assert all("no longer finite" in (trial.reason or "") for trial in diverged)
+    rest = [trial for trial in trials.values() if trial.values["outer_lr"] != 1e30]
+    assert {trial.state for trial in rest} <= {"finished", "pruned"}
+    assert any(trial.state == "finished" and trial.step == 300 for trial in rest)
+    runs = {run.info.run_name: run for run in mlflow_runs(tmp_path)}
+    for trial in trials.values():
+        run = runs[f"s-{trial.number:03d}"]
+        assert run.info.status == ("FAILED" if trial.state == "failed" else "FINISHED")
+        if trial.state == "pruned":
+            assert run.data.tags["distmaml.pruned_at"] == str(trial.step)
+    assert "Traceback" not in job.output
+
+
+@pytest.mark.ray
+def test_where_every_trial_fails_the_search_does(start_job: StartJob, tmp_path: Path) -> None:
+    job = finished(
+        start_job, tmp_path, "sinusoid-maml-5s", *OPTIONS[:2], "--space", "outer_lr=choice:1e30,2e30", *OPTIONS[8:],
+        status=2,
+    )  # fmt: skip
+    assert job.output.splitlines()[-1].startswith("error: none of the 5 trials came to a result: ")
+    assert {run.info.status for run in mlflow_runs(tmp_path)} == {"FAILED"}
+
+
+@pytest.mark.ray
+def test_ctrl_c_ends_a_search_in_order(start_job: StartJob, tmp_path: Path) -> None:
+    job = start_job("tune", "sinusoid-maml-5s", *OPTIONS, "--output-dir", str(tmp_path), folder=tmp_path)
+    file = paths.journal(paths.searches(tmp_path) / "s")
+    job.wait_for(lambda: file.exists() and b'"reported"' in file.read_bytes())
+    job.signal(signal.SIGINT)
+    assert job.wait(seconds=20) == 130
+    assert "--resume s goes on" in job.output
+    assert "RUNNING" not in {run.info.status for run in mlflow_runs(tmp_path)}
+    assert not job.ray_processes()
+
+
+@pytest.mark.ray
+def test_trials_of_two_workers_give_what_trials_of_one_give(
+    undisturbed: tuple[Path, Job], start_job: StartJob, tmp_path: Path
+) -> None:
+    reference, _ = undisturbed
+    shortened = [word if word != "5" else "1" for word in OPTIONS]
+    finished(
+        start_job, tmp_path, "sinusoid-maml-5s", *shortened, "--scheduler", "none", "--num-workers", "2",
+        "--reduction-chunk", "5",
+    )  # fmt: skip
+    found = journal(tmp_path).trials[0]
+    assert found.state == "finished"
+    assert [step for step, _ in found.results] == list(range(20, 301, 20))
+    values = [value for _, value in journal(reference).trials[0].results]
+    assert [value for _, value in found.results] == pytest.approx(values, rel=0.05)
