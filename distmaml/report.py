@@ -10,10 +10,11 @@ from typing import Any
 
 import numpy as np
 
-from distmaml import build, paths, pictures
+from distmaml import build, paths
 from distmaml.adapter import load
 from distmaml.config import Config, ImageTaskOptions, is_custom, to_json
 from distmaml.files import write_text
+from distmaml.pictures import runs as pictures
 from distmaml.recipes import RECIPES
 from distmaml.scoring import Evaluated, Intervals
 from distmaml.segments import committed_segments, read_points

@@ -16,8 +16,8 @@ from typing import Any, NamedTuple
 
 import torch
 
-from distmaml import build, experiment, launch, loop, paths, preflight, report, space, workers
-from distmaml.board import Board, best_of
+from distmaml import build, experiment, findings, launch, loop, paths, preflight, report, space, workers
+from distmaml.board import Board
 from distmaml.config import Config, changes, override, to_json
 from distmaml.errors import ClusterError, DistmamlError, RunError, TrackingError
 from distmaml.files import write_text
@@ -110,7 +110,7 @@ def _tune(config: Config, options: Search, interrupt: Interrupt) -> Study:
                 trials.interrupted()
                 say(f"Nothing of it is lost: jobs/tune.py --resume {name} goes on.")
                 raise
-            best = best_of(list(journal.trials.values()), mode)
+            best = findings.best_of(list(journal.trials.values()), mode)
             if best is None:
                 reasons = list(dict.fromkeys(t.reason for t in journal.trials.values() if t.reason))
                 raise DistmamlError(
@@ -118,16 +118,19 @@ def _tune(config: Config, options: Search, interrupt: Interrupt) -> Study:
                     if reasons
                     else "no trial came to a result."
                 )
-            tested = _test(options, config, best, resources)
+            tested = _test(config, best, resources)
         winner = of_trial(config, Trial(best.number, best.values))
         value = best.best(mode)
         assert value is not None
         run.add_metrics(best.step, {f"best/{config.evaluation.selected_quantity}": value})
         run.add_tags({"distmaml.best_trial": winner.run.name or ""})
+        run.add_artifact(paths.search_file(folder), None)
         if tested is not None:
             run.add_metrics(tested.step, report.metrics_of(tested.scores))
             for file in report.write_evaluation(winner, folder, tested):
                 run.add_artifact(file, "evaluation")
+        for picture in _draw(config, options, chosen, journal, folder):
+            run.add_artifact(picture, "pictures")
     scores = None if tested is None else tested.scores
     return Study(name, folder, list(journal.trials.values()), best, winner, scores, compare)
 
@@ -158,7 +161,16 @@ def _search(config: Config, options: Search, trials: "Trials", resources: Mappin
     )
 
 
-def _test(options: Search, config: Config, best: History, resources: Mapping[str, float]) -> Evaluated | None:
+def _draw(config: Config, options: Search, chosen: space.Space, journal: Journal, folder: Path) -> list[Path]:
+    """What goes wrong with pictures must not make a failure of a search that is done."""
+    try:
+        return findings.draw(paths.artifacts(folder), config, options, chosen, journal)
+    except Exception as error:
+        log.warning("The pictures could not be drawn (%s). All else is there.", build.described(error))
+        return []
+
+
+def _test(config: Config, best: History, resources: Mapping[str, float]) -> Evaluated | None:
     """The best trial's model on the test split, which no trial has seen."""
     winner = of_trial(config, Trial(best.number, best.values))
     if not winner.evaluation.num_test_episodes:

@@ -2,7 +2,7 @@
 
 import sys
 
-from distmaml import board, cli, report, study
+from distmaml import cli, findings, paths, report, study
 
 
 def main() -> int:
@@ -10,13 +10,14 @@ def main() -> int:
     config, search = cli.parse_search(sys.argv[1:], prog="jobs/tune.py", description=__doc__)
     found = study.tune(config, search)
     print()
-    print(board.table(found.trials, config.evaluation))
-    best = board.shown(config.evaluation, found.best.best(config.evaluation.selection_mode))
+    print(findings.table(found.trials, config.evaluation))
+    best = findings.shown(config.evaluation, found.best.best(config.evaluation.selection_mode))
     print(f"\nbest      {found.config.run.name}: {found.config.evaluation.selected_quantity} {best} in validation")
     if found.scores:
         print(f"\nTest on {config.evaluation.num_test_episodes} episodes of {report.data_of(config, 'test')}:")
         print(report.table(found.scores))
-    print(f"\ntrain it  {study.command(found)}")
+    print(f"\npictures  {paths.artifacts(found.folder)}")
+    print(f"train it  {study.command(found)}")
     print(cli.compare(found.compare))
     return 0
 

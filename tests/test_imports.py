@@ -37,8 +37,8 @@ LAYERS = [
     ["build", "searchers"],
     ["adapter", "pictures", "recorder", "tracking"],
     ["loop"],
-    ["board", "launch", "preflight", "progress", "ray_cluster", "report", "search"],
-    ["experiment", "workers"],
+    ["findings", "launch", "preflight", "progress", "ray_cluster", "report", "search"],
+    ["board", "experiment", "workers"],
     ["driver", "study"],
     ["cli"],
 ]

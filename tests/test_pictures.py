@@ -1,6 +1,7 @@
-"""Pictures are looked at by people; here only what can be said of their pixels."""
+"""Pictures are looked at by people; here only what can be said of their pixels and of their pages."""
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -8,7 +9,9 @@ from matplotlib import rcParams
 from PIL import Image
 
 from distmaml.errors import DataError
-from distmaml.pictures import Array, adaptation_curve, episode_sheet, fit_curve, learning_curve
+from distmaml.pictures.runs import adaptation_curve, episode_sheet, fit_curve, learning_curve
+from distmaml.pictures.searches import best_so_far, budget, parallel_coordinates, value_map
+from distmaml.pictures.style import Array
 
 GREEN, RED = (0x00, 0x9E, 0x73), (0xD5, 0x5E, 0x00)  # bluish green and vermilion of Okabe and Ito
 
@@ -127,3 +130,58 @@ def test_pictures_replace_older_ones_and_leave_nothing_else(tmp_path: Path) -> N
         )  # fmt: skip
     assert sorted(path.name for path in tmp_path.iterdir()) == ["adaptation.png", "fit.png"]
     assert dict(rcParams) == before
+
+
+# ------------------------------------------------------------------------------------------------ searches
+
+
+@pytest.mark.parametrize("values", [[0.2, 0.5, 0.9, 0.4, 0.1], [0.5] * 5])
+@pytest.mark.parametrize("y", [[1e-4, 1e-2, 1e-3, 5e-3, 2e-4], [1e-3] * 5])
+def test_trials_anywhere_have_a_map_and_one_star(tmp_path: Path, y: list[float], values: list[float]) -> None:
+    x = [1e-3, 1e-2, 0.1, 1.0, 0.3]
+    for mode in ("max", "min"):
+        value_map(
+            tmp_path / f"{mode}.png", x, y, values, [True, True, False, True, True],
+            names=("inner_lr", "outer_lr"), metric="query_accuracy", mode=mode, title="Search",
+        )  # fmt: skip
+        assert 300 < count(tmp_path / f"{mode}.png", RED) < 3000  # of the star and the legend
+    same = (pixels(tmp_path / "max.png") == pixels(tmp_path / "min.png")).all()
+    assert not same
+
+
+def test_a_single_trial_has_a_map(tmp_path: Path) -> None:
+    value_map(
+        tmp_path / "one.png", [0.1], [0.01], [0.5], [True],
+        names=("inner_lr", "outer_lr"), metric="query_loss", mode="min", title="Search",
+    )  # fmt: skip
+    assert count(tmp_path / "one.png", RED) > 300
+
+
+def test_the_best_so_far_never_gets_worse_and_gaps_do_not_matter(tmp_path: Path) -> None:
+    values = [3.0, 1.0, float("nan"), 1e9, 0.5]
+    best_so_far(tmp_path / "best.png", [10, 20, 30, 40, 50], values, metric="query_loss", mode="min", title="Search")
+    blue = (pixels(tmp_path / "best.png") == (0x00, 0x72, 0xB2)).all(axis=-1)
+    columns = np.flatnonzero(blue[:, : blue.shape[1] // 2].any(0))  # the legend is on the right
+    heights = [np.flatnonzero(blue[:, column]).max() for column in columns]  # rows are counted from above
+    assert (np.diff(heights) >= -6).all()  # the width of the line
+
+
+def test_a_budget_is_drawn_with_and_without_rungs(tmp_path: Path) -> None:
+    budget(tmp_path / "asha.png", [10, 30, 270], most=270, rungs=[10, 30, 90], title="Search")
+    budget(tmp_path / "none.png", [270, 270], most=270, rungs=[], title="Search")
+    assert count(tmp_path / "asha.png", RED) > 1000 > 10 > count(tmp_path / "none.png", RED)
+
+
+def test_parallel_coordinates_need_no_network_and_name_their_categories(tmp_path: Path) -> None:
+    page = tmp_path / "page.html"
+    columns: dict[str, list[Any]] = {
+        "log10_inner_lr": [-1.0, -2.0],
+        "algorithm": ["maml", "anil"],
+        "clip_norm": [None, 1.0],
+    }
+    parallel_coordinates(page, columns, [0.5, 0.9], metric="query_accuracy", mode="max", title="Search")
+    text = page.read_text()
+    assert "<script src=" not in text
+    assert '"ticktext":["anil","maml"]' in text
+    assert '"values":[1,0]' in text
+    assert '"values":[50.0,90.0]' in text

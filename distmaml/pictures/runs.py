@@ -1,15 +1,13 @@
 """Pictures of a run: numpy arrays in, PNG files out.
 
-Knows nothing of models, tasks or MLflow. Figures are made without pyplot, so nothing here is global and any thread may
-draw. Colours are those of Okabe and Ito, which colour-blind people can tell apart
-(https://jfly.uni-koeln.de/color/), and no meaning hangs on colour alone.
+Knows nothing of models, tasks or MLflow.
 """
 
 import string
 import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -17,19 +15,26 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Rectangle
 from matplotlib.ticker import MaxNLocator
-from numpy.typing import NDArray
 
 from distmaml.errors import DataError
-from distmaml.files import atomic_file, disk_errors
-
-Array: TypeAlias = NDArray[Any]
-
-_BLACK, _GREY, _SILVER, _LIGHT = "#222222", "#8a8a8a", "#c8c8c8", "#e4e4e4"
-_BLUE, _VERMILION, _GREEN, _ORANGE, _PURPLE = "#0072B2", "#D55E00", "#009E73", "#E69F00", "#CC79A7"
-_CYCLE = (_BLUE, _VERMILION, _GREEN, _PURPLE, _ORANGE)
-_DASHES = (0, (4, 2))
-_SHORT_DASHES = (0, (2.2, 1.1))
-_DOTS_PER_INCH = 200
+from distmaml.pictures.style import (
+    BLACK,
+    BLUE,
+    CYCLE,
+    DASHES,
+    GREEN,
+    GREY,
+    SHORT_DASHES,
+    SILVER,
+    VERMILION,
+    Array,
+    add_legend,
+    axis_label,
+    is_accuracy,
+    new_figure,
+    save,
+    scale,
+)  # fmt: skip
 
 
 def learning_curve(path: Path, points: Mapping[str, tuple[Sequence[int], Sequence[float]]], *, title: str) -> None:
@@ -48,21 +53,21 @@ def learning_curve(path: Path, points: Mapping[str, tuple[Sequence[int], Sequenc
     for key, (at, measured) in points.items():
         if len(at):
             quantity = key.partition("/")[2].removesuffix("_step_0")
-            panels.setdefault(quantity, {})[key] = (np.asarray(at), _scale(key) * np.asarray(measured, dtype=float))
+            panels.setdefault(quantity, {})[key] = (np.asarray(at), scale(key) * np.asarray(measured, dtype=float))
     if not panels:
         raise DataError("A learning curve needs at least one point; the run has logged none.")
-    figure, all_axes = _figure(title, num_panels=len(panels))
+    figure, all_axes = new_figure(title, num_panels=len(panels))
     for axes, (quantity, curves) in zip(all_axes, panels.items(), strict=True):
         for key, (steps, values) in curves.items():
             axes.plot(steps, values, **_curve_style(key, len(steps)))
         if _has_outliers(np.concatenate([values for _, values in curves.values()])):
             axes.set_yscale("log")
         axes.set_xlabel("Outer step")
-        axes.set_ylabel(_axis_label(quantity))
+        axes.set_ylabel(axis_label(quantity))
     _mark_best(all_axes, panels)
     for axes in all_axes:
-        _legend(axes)
-    _save(figure, path)
+        add_legend(axes)
+    save(figure, path)
 
 
 def _has_outliers(values: Array) -> bool:
@@ -81,21 +86,21 @@ def adaptation_curve(
         fractions.
       metric: what is measured, as in query_accuracy.
     """
-    figure, (axes,) = _figure(title, num_panels=1)
-    scale, unit = _scale(metric), " %" if _is_accuracy(metric) else ""
-    styles = zip(_CYCLE, "os^Dv", strict=True)
+    figure, (axes,) = new_figure(title)
+    factor, unit = scale(metric), " %" if is_accuracy(metric) else ""
+    styles = zip(CYCLE, "os^Dv", strict=True)
     for (label, (means, half_widths)), (color, marker) in zip(curves.items(), styles, strict=False):
-        mean, half = scale * np.asarray(means, dtype=float), scale * np.asarray(half_widths, dtype=float)
+        mean, half = factor * np.asarray(means, dtype=float), factor * np.asarray(half_widths, dtype=float)
         steps = np.arange(len(mean))
-        digits = 2 if _is_accuracy(metric) else 3
+        digits = 2 if is_accuracy(metric) else 3
         result = f"{label}: {mean[-1]:.{digits}f} ± {half[-1]:.{digits}f}{unit}"
         axes.fill_between(steps, mean - half, mean + half, color=color, alpha=0.22, linewidth=0)
         axes.plot(steps, mean, color=color, marker=marker, markersize=5, linewidth=1.8, label=result)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.set_xlabel("Inner step (0: before adaptation)")
-    axes.set_ylabel(_axis_label(metric))
-    _legend(axes, title="After the last step, with 95 % interval")
-    _save(figure, path)
+    axes.set_ylabel(axis_label(metric))
+    add_legend(axes, title="After the last step, with 95 % interval")
+    save(figure, path)
 
 
 def fit_curve(
@@ -117,22 +122,22 @@ def fit_curve(
       support_targets: [num_shots]
       predictions: inner steps taken -> predicted values [num_points]; 0 is before adaptation.
     """
-    figure, (axes,) = _figure(title, num_panels=1)
-    axes.plot(inputs, targets, color=_SILVER, linewidth=6, solid_capstyle="round", label="True curve")
-    colors = iter(_CYCLE)
+    figure, (axes,) = new_figure(title)
+    axes.plot(inputs, targets, color=SILVER, linewidth=6, solid_capstyle="round", label="True curve")
+    colors = iter(CYCLE)
     for steps, values in sorted(predictions.items()):
         if steps == 0:
-            axes.plot(inputs, values, color=_GREY, linestyle=_DASHES, linewidth=1.8, label="Before adaptation")
+            axes.plot(inputs, values, color=GREY, linestyle=DASHES, linewidth=1.8, label="Before adaptation")
         else:
             label = f"After {steps} inner step{'s' if steps > 1 else ''}"
             axes.plot(inputs, values, color=next(colors), linewidth=1.8, label=label)
-    axes.scatter(support_inputs, support_targets, s=46, color=_BLACK, marker="X", zorder=5, label="Support points")
+    axes.scatter(support_inputs, support_targets, s=46, color=BLACK, marker="X", zorder=5, label="Support points")
     axes.set_xlabel("Input $x$")
     axes.set_ylabel("Output $y$")
     low, high = axes.get_ylim()
     axes.set_ylim(low, high + 0.24 * (high - low))  # room for the legend above the curves
-    _legend(axes, loc="upper center", ncols=2)
-    _save(figure, path)
+    add_legend(axes, loc="upper center", ncols=2)
+    save(figure, path)
 
 
 # ------------------------------------------------------------------------------------------------ episodes
@@ -190,31 +195,31 @@ def episode_sheet(
     axes.set(xlim=(0, width), ylim=(height, 0))
     axes.axis("off")
     right = np.mean(np.asarray(predictions) == np.asarray(query_labels))
-    axes.text(0.2, 0.45, title, fontsize=13, fontweight="bold", color=_BLACK, va="center")
-    axes.text(names, 1.2, "Support", fontsize=11, color=_BLACK, va="center")
-    axes.text(query_left, 1.2, f"Query ({100 * right:.1f} % right)", fontsize=11, color=_BLACK, va="center")
+    axes.text(0.2, 0.45, title, fontsize=13, fontweight="bold", color=BLACK, va="center")
+    axes.text(names, 1.2, "Support", fontsize=11, color=BLACK, va="center")
+    axes.text(query_left, 1.2, f"Query ({100 * right:.1f} % right)", fontsize=11, color=BLACK, va="center")
     _frame_legend(axes, width)
     for number, (label, shots, of_line) in enumerate(rows):
         top = 1.55 + 1.3 * number
         if len(shots):
-            axes.text(0.2, top + 0.5, _letter(label), fontsize=15, fontweight="bold", color=_BLACK, va="center")
+            axes.text(0.2, top + 0.5, _letter(label), fontsize=15, fontweight="bold", color=BLACK, va="center")
             axes.text(
-                0.75, top + 0.5, _folded(class_names[label]), fontsize=8, color=_BLACK, va="center", linespacing=1.1
+                0.75, top + 0.5, _folded(class_names[label]), fontsize=8, color=BLACK, va="center", linespacing=1.1
             )
         for column, image in enumerate(shots):
-            _draw_image(axes, image, names + column, top, color=_GREY, width=0.8)
+            _draw_image(axes, image, names + column, top, color=GREY, width=0.8)
         for column, index in enumerate(of_line):
             left, prediction = query_left + column, int(predictions[index])
             if prediction == label:
-                _draw_image(axes, query[index], left, top, color=_GREEN, width=2.4)
+                _draw_image(axes, query[index], left, top, color=GREEN, width=2.4)
             else:
-                _draw_image(axes, query[index], left, top, color=_VERMILION, width=2.4, dashed=True)
+                _draw_image(axes, query[index], left, top, color=VERMILION, width=2.4, dashed=True)
                 center = left + (1 - _GAP) / 2
                 axes.text(
-                    center, top + 1.08, _letter(prediction), fontsize=9.5, fontweight="bold", color=_VERMILION,
+                    center, top + 1.08, _letter(prediction), fontsize=9.5, fontweight="bold", color=VERMILION,
                     ha="center", va="center",
                 )  # fmt: skip
-    _save(figure, path)
+    save(figure, path)
 
 
 def _displayable(support: Array, query: Array, *, ink: bool) -> tuple[Array, Array]:
@@ -237,19 +242,19 @@ def _draw_image(
 ) -> None:
     size = 1 - _GAP
     axes.imshow(image, extent=(left, left + size, top + size, top), interpolation="antialiased", aspect="auto")
-    line = _SHORT_DASHES if dashed else "-"
+    line = SHORT_DASHES if dashed else "-"
     axes.add_patch(Rectangle((left, top), size, size, fill=False, edgecolor=color, linewidth=width, linestyle=line))
 
 
 def _frame_legend(axes: Axes, width: float) -> None:
     handles = [
-        Line2D([], [], color=_GREEN, linewidth=2.4, label="right"),
+        Line2D([], [], color=GREEN, linewidth=2.4, label="right"),
         Line2D(
             [],
             [],
-            color=_VERMILION,
+            color=VERMILION,
             linewidth=2.4,
-            linestyle=_SHORT_DASHES,
+            linestyle=SHORT_DASHES,
             label="wrong, and the class it was taken for",
         ),
     ]
@@ -275,66 +280,29 @@ def _folded(name: str) -> str:
 # --------------------------------------------------------------------------------------------- conventions
 
 
-def _is_accuracy(metric: str) -> bool:
-    return "accuracy" in metric
-
-
-def _scale(metric: str) -> float:
-    """Accuracies are shown in percent."""
-    return 100.0 if _is_accuracy(metric) else 1.0
-
-
-def _axis_label(metric: str) -> str:
-    name = metric.rpartition("/")[2].replace("_", " ")
-    return name.capitalize() + (" (%)" if _is_accuracy(metric) else "")
-
-
 def _curve_style(key: str, num_points: int) -> dict[str, Any]:
     split = key.partition("/")[0]
     name = {"train": "Training", "val": "Validation", "test": "Test"}.get(split, split)
     if key.endswith("_step_0"):
-        return {"color": _GREY, "linestyle": _DASHES, "linewidth": 1.4, "label": f"{name}, before adaptation"}
+        return {"color": GREY, "linestyle": DASHES, "linewidth": 1.4, "label": f"{name}, before adaptation"}
     if split == "train":
-        return {"color": _BLUE, "linewidth": 1.2, "alpha": 0.75, "label": name}
+        return {"color": BLUE, "linewidth": 1.2, "alpha": 0.75, "label": name}
     marker = "o" if num_points <= 60 else ""
-    return {"color": _VERMILION, "linewidth": 1.8, "marker": marker, "markersize": 3.5, "label": name}
+    return {"color": VERMILION, "linewidth": 1.8, "marker": marker, "markersize": 3.5, "label": name}
 
 
 def _mark_best(all_axes: Sequence[Axes], panels: Mapping[str, Mapping[str, tuple[Array, Array]]]) -> None:
     """A star at the best validation, and a line through all panels at its step."""
     judged = [(q, key) for q, curves in panels.items() for key in curves if key == f"val/{q}"]
-    judged.sort(key=lambda item: not _is_accuracy(item[0]))
+    judged.sort(key=lambda item: not is_accuracy(item[0]))
     if not judged or not np.isfinite(panels[judged[0][0]][judged[0][1]][1]).any():
         return
     quantity, key = judged[0]
     steps, values = panels[quantity][key]
-    best = int(np.nanargmax(values) if _is_accuracy(quantity) else np.nanargmin(values))
-    text = f"{values[best]:.1f} %" if _is_accuracy(quantity) else f"{values[best]:.3g}"
+    best = int(np.nanargmax(values) if is_accuracy(quantity) else np.nanargmin(values))
+    text = f"{values[best]:.1f} %" if is_accuracy(quantity) else f"{values[best]:.3g}"
     axes = all_axes[list(panels).index(quantity)]
     label = f"Best: {text} at step {steps[best]}"
-    axes.plot(steps[best], values[best], "*", color=_BLACK, markersize=12, zorder=6, linestyle="none", label=label)
+    axes.plot(steps[best], values[best], "*", color=BLACK, markersize=12, zorder=6, linestyle="none", label=label)
     for panel in all_axes:
-        panel.axvline(float(steps[best]), color=_BLACK, linewidth=0.8, linestyle=":", zorder=1)
-
-
-def _figure(title: str, *, num_panels: int) -> tuple[Figure, list[Axes]]:
-    figure = Figure(figsize=(5.2 * num_panels + 0.6, 3.9), layout="constrained", facecolor="white")
-    figure.suptitle(title, fontsize=13, fontweight="bold", color=_BLACK)
-    all_axes = list(figure.subplots(1, num_panels, squeeze=False)[0])
-    for axes in all_axes:
-        axes.grid(color=_LIGHT, linewidth=0.8)
-        axes.set_axisbelow(True)
-        axes.spines[["top", "right"]].set_visible(False)
-        axes.tick_params(labelsize=10, color=_GREY)
-        axes.xaxis.label.set_size(11)
-        axes.yaxis.label.set_size(11)
-    return figure, all_axes
-
-
-def _legend(axes: Axes, **arguments: Any) -> None:
-    axes.legend(fontsize=9.5, title_fontsize=9.5, frameon=True, framealpha=0.9, edgecolor=_LIGHT, **arguments)
-
-
-def _save(figure: Figure, path: Path) -> None:
-    with disk_errors(path), atomic_file(path) as file:
-        figure.savefig(file, format="png", dpi=_DOTS_PER_INCH)
+        panel.axvline(float(steps[best]), color=BLACK, linewidth=0.8, linestyle=":", zorder=1)

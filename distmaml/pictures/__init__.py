@@ -1,0 +1,1 @@
+"""Pictures of runs and of searches: numbers in, PNG and HTML files out."""
