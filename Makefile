@@ -1,4 +1,4 @@
-# `make train` and `make test` do all the set-up themselves. CONTRIBUTING.md says the rest.
+# `make train`, `make tune` and `make test` do all the set-up themselves. CONTRIBUTING.md says the rest.
 PYTHON ?= python3.11
 BIN := .venv/bin
 DISTMAML_HOME ?= $(HOME)/distmaml
@@ -6,7 +6,7 @@ export DISTMAML_HOME
 PORT ?= 5000
 SHELL := /bin/bash
 
-.PHONY: train test check ui clean
+.PHONY: train tune test check ui clean
 
 .venv/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
@@ -17,6 +17,10 @@ SHELL := /bin/bash
 # Meta-trains on the embedded glyphs over two Ray workers, tests, and says where everything is.
 train: .venv/installed
 	$(BIN)/python jobs/train.py glyphs-maml-5w1s --num-workers 2
+
+# A small search on them, over learning rates, inner steps, algorithm and tasks per step.
+tune: .venv/installed
+	$(BIN)/python jobs/tune.py glyphs-maml-5w1s --num-samples 8 --num-outer-steps 270 --val-every 30
 
 # The experiments of all runs, in the browser.
 ui: .venv/installed
