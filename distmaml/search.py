@@ -100,7 +100,8 @@ def search(
     """Runs ``function(trial, report)`` for every trial of the plan, on processes of the cluster, until there is none.
 
     A trial whose process dies is started again, up to `max_failures` times; the function finds its own way back. An
-    error that distmaml raises on purpose would only come again: it fails the trial at once, and not the search.
+    error that distmaml raises on purpose, or a mistake in the code, would only come again: it fails the trial at once,
+    and not the search.
 
     Args:
       function: calls ``report(metrics)`` now and then, with how far it is under `TIME`; may be stopped in any of them.
@@ -150,8 +151,10 @@ def _run_one(function: Callable[[Trial, Report], None], trial: Trial) -> None:
 
     try:
         function(trial, lambda metrics: tune.report(dict(metrics)))
-    except DistmamlError as error:
-        tune.report({_REASON: str(error)})
+    except (RuntimeError, OSError, MemoryError):
+        raise  # a disk, a network or a GPU may do better next time
+    except Exception as error:
+        tune.report({_REASON: _in_short(error)})
 
 
 def forwarding() -> Any:
@@ -259,6 +262,8 @@ def _told(listener: Listener, scheduler: Any) -> Any:
 
 def _in_short(error: BaseException | None) -> str:
     error = getattr(error, "cause", None) or error
+    if isinstance(error, DistmamlError):
+        return str(error)
     if error is None or type(error).__module__.partition(".")[0] == "ray":
         return "its process died"
     return f"{type(error).__name__}: {first_line(error)}"

@@ -23,7 +23,7 @@ from typing import Annotated, Any, Literal, TypeAlias, get_args
 
 from tyro.conf import UseAppendAction
 
-from distmaml.config import Config, flatten, from_json, override, parse_field, to_json
+from distmaml.config import OPTIONS, Config, flatten, from_json, override, parse_field, to_json
 from distmaml.errors import ConfigError, unknown
 from distmaml.limits import check
 
@@ -245,10 +245,13 @@ def check_space(config: Config, space: Space) -> None:
         raise ConfigError(
             f"--space {fixed[0]}=...: it must be the same for all trials, or they could not be compared. Leave it out."
         )
-    choosing = {field: domain for field, domain in space.items() if domain.kind == "choice"}
-    for values in grid(choosing):  # an algorithm may bring other fields than the next
-        for end in (0.0, 1.0):
-            check(override(config, {**{field: domain.at(end) for field, domain in space.items()}, **values}))
+    selectors = {field: domain for field, domain in space.items() if field in OPTIONS}
+    for chosen in grid(selectors):  # an algorithm may bring other fields than the next
+        base = override(config, chosen)
+        for field in space.keys() - chosen.keys():
+            domain = space[field]
+            for value in domain.values if domain.kind == "choice" else (domain.at(0.0), domain.at(1.0)):
+                check(override(base, {field: value}))
 
 
 def _fixed(config: Config) -> list[str]:

@@ -41,7 +41,7 @@ class Study(NamedTuple):
     Attributes:
       trials: what is known of each, in the order in which they began.
       best: the best of them.
-      config: of the best trial, at full length and under a name that is free.
+      config: of the best trial.
       scores: of the best trial's model on test episodes; None where the search has no test.
       compare: what opens the MLflow page that compares the trials, a line each.
     """
