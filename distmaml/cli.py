@@ -10,7 +10,7 @@ from typing import Any
 
 import tyro
 
-from distmaml.config import OPTIONS, Config, override
+from distmaml.config import OPTIONS, Config, override, read
 from distmaml.errors import ConfigError, DistmamlError, unknown
 from distmaml.interrupt import EXIT_STATUS
 from distmaml.recipes import RECIPES
@@ -28,62 +28,71 @@ class _Tuning:
 
 
 def parse_recipe(arguments: Sequence[str], *, prog: str, description: str | None) -> Config:
-    """The configuration that ``RECIPE [options]`` names.
+    """The configuration that ``RECIPE [options]`` or ``--recipe-file FILE [options]`` names.
 
     ``--algorithm``, ``--model`` and ``--tasks`` are looked at first: they decide which other options there are.
 
     Raises:
-      ConfigError: an unknown recipe, algorithm, model or task distribution.
+      ConfigError: an unknown recipe, algorithm, model or task distribution; a file that holds no configuration.
     """
-    default = _default(arguments, prog=prog, description=description)
-    parsed: Config = _parse(Config, default, arguments, prog)
+    default, options = _named(arguments, prog=prog, description=description)
+    parsed: Config = _parse(Config, default, options, f"{prog} {default.recipe}", default.recipe)
     return parsed
 
 
 def parse_search(arguments: Sequence[str], *, prog: str, description: str | None) -> tuple[Config, Search]:
-    """What ``RECIPE [options]`` or ``--resume NAME [options]`` names, options of a search among them."""
-    if arguments[:1] == ["--resume"] and len(arguments) > 1:
-        default = _interrupted(arguments)
+    """Like `parse_recipe`, with the options of a search among the others; or ``--resume NAME [options]``."""
+    if arguments[:1] == ["--resume"]:
+        default, options = _interrupted(arguments), arguments[2:]
     else:
-        default = _Tuning(Search(), _default(arguments, prog=prog, description=description))
-    words = [default.config.recipe, *arguments[2:]] if default.config.run.resume else arguments
-    parsed: _Tuning = _parse(_Tuning, default, words, prog)
+        config, options = _named(arguments, prog=prog, description=description)
+        default = _Tuning(Search(), config)
+    recipe = default.config.recipe
+    parsed: _Tuning = _parse(_Tuning, default, options, f"{prog} {recipe}", recipe)
     return parsed.config, parsed.search
 
 
 def _interrupted(arguments: Sequence[str]) -> _Tuning:
     from distmaml.study import settings_of  # which takes a second to import, and --help does not need it
 
+    if len(arguments) < 2:
+        raise ConfigError("--resume needs the name of the search to go on with.")
     where = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     where.add_argument("--output-dir", type=Path)
     config, search = settings_of(arguments[1], where.parse_known_args(arguments[2:])[0].output_dir)
     return _Tuning(search, override(config, {"resume": True}))
 
 
-def _default(arguments: Sequence[str], *, prog: str, description: str | None) -> Config:
+def _named(arguments: Sequence[str], *, prog: str, description: str | None) -> tuple[Config, Sequence[str]]:
+    """The configuration that the first words name, and the options behind them."""
     if not arguments or arguments[0] in ("-h", "--help"):
         listed = "\n".join(f"  {name:24s}{(recipe.__doc__ or '').splitlines()[0]}" for name, recipe in RECIPES.items())
-        print(f"usage: {prog} RECIPE [options]\n\n{description}\n\nrecipes:\n{listed}")
-        print(f"\n{prog} RECIPE --help lists its options.")
+        print(f"usage: {prog} RECIPE [options]\n       {prog} --recipe-file FILE [options]\n\n{description}\n")
+        print(f"recipes:\n{listed}\n\n{prog} RECIPE --help lists its options.")
         raise SystemExit(0)
-    name = arguments[0]
-    if name not in RECIPES:
-        raise ConfigError(unknown("recipe", name, RECIPES))
+    if arguments[0] == "--recipe-file":
+        if len(arguments) < 2:
+            raise ConfigError("--recipe-file needs a file, as a search leaves one: champion.json.")
+        config, options = read(Path(arguments[1])), arguments[2:]
+    elif arguments[0] in RECIPES:
+        config, options = RECIPES[arguments[0]](), arguments[1:]
+    else:
+        raise ConfigError(unknown("recipe", arguments[0], RECIPES))
     selectors = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     for selector in OPTIONS:
         selectors.add_argument(f"--{selector}")
-    chosen, _ = selectors.parse_known_args(arguments[1:])
-    return override(RECIPES[name](), {k: v for k, v in vars(chosen).items() if v is not None})
+    chosen, _ = selectors.parse_known_args(options)
+    return override(config, {k: v for k, v in vars(chosen).items() if v is not None}), options
 
 
-def _parse(kind: type, default: Any, arguments: Sequence[str], prog: str) -> Any:
+def _parse(kind: type, default: Any, options: Sequence[str], prog: str, recipe: str) -> Any:
     markers = (tyro.conf.OmitArgPrefixes, tyro.conf.AvoidSubcommands, tyro.conf.SuppressFixed)
     return tyro.cli(
         tyro.conf.configure(*markers)(kind),
         default=default,
-        args=list(arguments[1:]),
-        prog=f"{prog} {arguments[0]}",
-        description=RECIPES[arguments[0]].__doc__ if arguments[0] in RECIPES else None,
+        args=list(options),
+        prog=prog,
+        description=RECIPES[recipe].__doc__ if recipe in RECIPES else None,
     )
 
 

@@ -347,6 +347,12 @@ def to_json(config: Config) -> dict[str, Any]:
     return {name: plain(value) for name, value in flatten(config).items()}
 
 
+def as_recipe(config: Config) -> dict[str, Any]:
+    """What `to_json` gives, without all that belongs to one run alone: its name, its folder, its cluster."""
+    own = {entry.name for group in (config.run, config.cluster) for entry in dataclasses.fields(group)}
+    return {name: value for name, value in to_json(config).items() if name not in own}
+
+
 def from_json(values: Mapping[str, Any]) -> Config:
     """The Config that `to_json` wrote.
 
@@ -431,10 +437,10 @@ def read(file: Path) -> Config:
     try:
         values = json.loads(file.read_text())
     except (OSError, ValueError) as error:
-        raise ConfigError(f"{file} cannot be read ({error}). Take another run.") from error
+        raise ConfigError(f"{file} cannot be read ({error}). Take another one.") from error
     if not isinstance(values, dict):
-        raise ConfigError(f"{file} is damaged: it holds no configuration. Take another run.")
+        raise ConfigError(f"{file} is damaged: it holds no configuration. Take another one.")
     try:
         return from_json(values)
     except ConfigError as error:
-        raise ConfigError(f"{file} is of another version of distmaml, or damaged: {error} Take another run.") from error
+        raise ConfigError(f"{file} is of another version of distmaml, or damaged: {error} Take another one.") from error

@@ -3,6 +3,7 @@
 mlflow is imported when it is first needed: a mistake on the command line should not cost the second that it takes.
 """
 
+import logging
 import os
 import shlex
 import time
@@ -11,13 +12,15 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from distmaml import build, paths
-from distmaml.config import Config, flatten
+from distmaml import build, checkpoint, paths
+from distmaml.config import Config, flatten, is_custom
 from distmaml.errors import RunError, first_line
 from distmaml.interrupt import Interrupt
 from distmaml.progress import say
 from distmaml.segments import committed_segments
 from distmaml.tracking.outbox import Dataset, Outbox
+
+log = logging.getLogger("distmaml")
 
 LEFT_OVER_SECONDS = 20.0
 
@@ -152,6 +155,35 @@ def view(
         parent_run_id=run.run_id if of_search else None,
     )
     return found or ""
+
+
+def register(config: Config, model: Path, run: Any, tracking: Any) -> str | None:
+    """Makes a run's model the champion of its recipe in MLflow's registry; what it is found under, if it is.
+
+    What goes wrong there must not make a failure of a run that is done: it costs a warning.
+
+    Args:
+      config: how it was trained.
+      model: its file.
+      run: the MLflow run that the version is said to come from.
+    """
+    from distmaml.tracking import registry
+
+    own = [name for name in (config.algorithm, config.model, config.objective) if is_custom(name)]
+    if own:
+        log.warning("The model is not registered: MLflow would have to run your own %s.", ", ".join(own))
+        return None
+    shapes = checkpoint.load(model)[1]["shapes"]
+    labels = config.objective == "classification"
+    try:
+        registry.register(
+            tracking, run.run_id, model, name=config.recipe, input_shape=shapes["input_shape"], labels=labels,
+            num_outputs=shapes["num_outputs"],
+        )  # fmt: skip
+    except Exception as error:  # whatever MLflow's clients raise
+        log.warning("The model could not be registered in MLflow (%s). All else is there.", first_line(error))
+        return None
+    return f"models:/{config.recipe}@{registry.ALIAS}"
 
 
 def how_to_compare(tracking: Any, output: Path, view: str) -> tuple[str, ...]:

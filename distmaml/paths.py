@@ -6,6 +6,7 @@ OUTPUT_DIR/ray/               what Ray must know of the runs that are going on
 OUTPUT_DIR/searches/NAME/     one search; its trials are runs, NAME-000 and so on:
   search.json                   what it searches, and how
   journal.jsonl                 what happened to its trials
+  champion.json                 the best configuration, a recipe file
   tracking/                     what MLflow is to be told of the search as a whole
   artifacts/                    pictures
 OUTPUT_DIR/runs/NAME/         one training run:
@@ -51,6 +52,11 @@ def searches(output: Path) -> Path:
 def search_file(folder: Path) -> Path:
     """What a search searches, and how."""
     return folder / "search.json"
+
+
+def champion(folder: Path) -> Path:
+    """The best configuration that a search found, as a recipe file."""
+    return folder / "champion.json"
 
 
 def journal(folder: Path) -> Path:

@@ -7,7 +7,6 @@ its own with checkpoints of its own; what makes it a trial is that its driver is
 import functools
 import json
 import logging
-import shlex
 from collections import deque
 from collections.abc import Mapping
 from dataclasses import asdict, replace
@@ -18,7 +17,7 @@ import torch
 
 from distmaml import build, experiment, findings, launch, loop, paths, preflight, report, space, workers
 from distmaml.board import Board
-from distmaml.config import Config, changes, override, to_json
+from distmaml.config import Config, as_recipe, changes, override, to_json
 from distmaml.errors import ClusterError, DistmamlError, RunError, TrackingError
 from distmaml.files import write_text
 from distmaml.interrupt import Interrupt, interruptible
@@ -43,6 +42,7 @@ class Study(NamedTuple):
       best: the best of them.
       config: of the best trial.
       scores: of the best trial's model on test episodes; None where the search has no test.
+      registered: what its model is found under in MLflow's registry; None where it is not.
       compare: what opens the MLflow page that compares the trials, a line each.
     """
 
@@ -52,6 +52,7 @@ class Study(NamedTuple):
     best: History
     config: Config
     scores: Intervals | None
+    registered: str | None
     compare: tuple[str, ...]
 
 
@@ -124,15 +125,22 @@ def _tune(config: Config, options: Search, interrupt: Interrupt) -> Study:
         assert value is not None
         run.add_metrics(best.step, {f"best/{config.evaluation.selected_quantity}": value})
         run.add_tags({"distmaml.best_trial": winner.run.name or ""})
-        run.add_artifact(paths.search_file(folder), None)
+        length = (
+            RECIPES[config.recipe]().outer.num_outer_steps if config.recipe in RECIPES else winner.outer.num_outer_steps
+        )
+        recipe = as_recipe(override(winner, {"num_outer_steps": length}))
+        write_text(paths.champion(folder), json.dumps(recipe, indent=2) + "\n")
+        for file in (paths.search_file(folder), paths.champion(folder)):
+            run.add_artifact(file, None)
         if tested is not None:
             run.add_metrics(tested.step, report.metrics_of(tested.scores))
             for file in report.write_evaluation(winner, folder, tested):
                 run.add_artifact(file, "evaluation")
         for picture in _draw(config, options, chosen, journal, folder):
             run.add_artifact(picture, "pictures")
+        registered = experiment.register(winner, paths.model(paths.run_folder(winner)), run, tracking)
     scores = None if tested is None else tested.scores
-    return Study(name, folder, list(journal.trials.values()), best, winner, scores, compare)
+    return Study(name, folder, list(journal.trials.values()), best, winner, scores, registered, compare)
 
 
 def _search(config: Config, options: Search, trials: "Trials", resources: Mapping[str, float], concurrent: int) -> None:
@@ -375,25 +383,3 @@ def _axes(chosen: space.Space) -> list[str]:
     """The parameters that the charts are drawn over: the searched ones, with learning rates as logarithms."""
     rates = [f"log10_{field}" for field in ("inner_lr", "outer_lr") if field in chosen]
     return [*rates, *(field for field in chosen if field not in ("inner_lr", "outer_lr"))]
-
-
-def command(study: Study) -> str:
-    """The command that trains the best configuration at the full length of its recipe."""
-    usual = to_json(RECIPES[study.config.recipe]()) if study.config.recipe in RECIPES else {}
-    words = ["python", "jobs/train.py", study.config.recipe]
-    for field, value in to_json(study.config).items():
-        if field not in _NOT_OF_THE_RUN and value != usual.get(field):
-            words += _option(field, value)
-    return shlex.join(words)
-
-
-_NOT_OF_THE_RUN = {"recipe", "name", "experiment", "resume", "checkpoint_every", "num_outer_steps"}
-
-
-def _option(field: str, value: Any) -> list[str]:
-    flag = field.replace("_", "-")
-    if isinstance(value, bool):
-        return [f"--{flag}" if value else f"--no-{flag}"]
-    if isinstance(value, dict):
-        return [f"--{flag}", *(str(word) for pair in value.items() for word in pair)]
-    return [f"--{flag}", *(str(word) for word in (value if isinstance(value, list) else [value]))]

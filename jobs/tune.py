@@ -17,7 +17,9 @@ def main() -> int:
         print(f"\nTest on {config.evaluation.num_test_episodes} episodes of {report.data_of(config, 'test')}:")
         print(report.table(found.scores))
     print(f"\npictures  {paths.artifacts(found.folder)}")
-    print(f"train it  {study.command(found)}")
+    print(f"train it  python jobs/train.py --recipe-file {paths.champion(found.folder)}")
+    if found.registered:
+        print(f"registry  {found.registered}")
     print(cli.compare(found.compare))
     return 0
 

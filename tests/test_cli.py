@@ -1,16 +1,20 @@
 """The command line says what a configuration can say, and refuses the rest in one line."""
 
+import json
 import re
 import subprocess
 import sys
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
-from distmaml.cli import guarded, parse_recipe
-from distmaml.config import Config, flatten, override
-from distmaml.errors import ConfigError
+from distmaml.cli import guarded, parse_recipe, parse_search
+from distmaml.config import Config, as_recipe, flatten, override
+from distmaml.errors import ConfigError, RunError
 from distmaml.limits import check
 from distmaml.recipes import RECIPES
+from distmaml.space import Search, to_text
 
 
 def parse(*arguments: str) -> Config:
@@ -145,3 +149,56 @@ def test_a_bug_keeps_its_traceback() -> None:
 
     with pytest.raises(ZeroDivisionError):
         guarded(main)
+
+
+# ----------------------------------------------------------------------------- recipe files and searches
+
+
+def search(*arguments: str) -> tuple[Config, Search]:
+    return parse_search(arguments, prog="jobs/tune.py", description="Searches.")
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_a_recipe_file_is_a_recipe(tmp_path: Path, name: str) -> None:
+    changed = {"inner_lr": 0.25, "algorithm": "anil", "clip_norm": 2.0}
+    config = override(RECIPES[name](), {**changed, "name": "x", "num_workers": 3, "output_dir": tmp_path})
+    (tmp_path / "best.json").write_text(json.dumps(as_recipe(config)))
+    found = parse("--recipe-file", str(tmp_path / "best.json"), "--outer-lr", "0.5")
+    assert found == override(RECIPES[name](), {**changed, "outer_lr": 0.5})
+
+
+def test_a_recipe_file_that_is_none_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "other.json").write_text('{"inner_rl": 0.1}')
+    for words, says in (
+        (["--recipe-file"], "needs a file"),
+        (["--recipe-file", str(tmp_path / "none.json")], "cannot be read"),
+        (["--recipe-file", str(tmp_path / "other.json")], "did you mean 'inner_lr'"),
+    ):
+        with pytest.raises(ConfigError, match=says):
+            parse(*words)
+
+
+def test_options_of_a_search_stand_among_those_of_its_trials() -> None:
+    config, options = search(
+        "sinusoid-maml-5s", "--space", "inner_lr=log:1e-3:1.0", "--num-workers", "2", "--space", "outer_lr=log:1e-3:1",
+        "--num-samples", "32", "--max-concurrent", "2", "--scheduler", "none", "--searcher", "tpe", "--seed", "4",
+    )  # fmt: skip
+    assert options == Search(
+        space=("inner_lr=log:1e-3:1.0", "outer_lr=log:1e-3:1"), num_samples=32, max_concurrent=2, scheduler="none",
+        searcher="tpe",
+    )  # fmt: skip
+    assert config == override(RECIPES["sinusoid-maml-5s"](), {"num_workers": 2, "seed": 4})
+    assert search("glyphs-maml-5w1s") == (RECIPES["glyphs-maml-5w1s"](), Search())
+
+
+def test_a_search_goes_on_as_it_was_begun(tmp_path: Path) -> None:
+    config = override(RECIPES["sinusoid-maml-5s"](), {"name": "s", "output_dir": tmp_path, "inner_lr": 0.3})
+    options = Search(space=("outer_lr=log:0.001:1",), num_samples=3)
+    (tmp_path / "searches" / "s").mkdir(parents=True)
+    (tmp_path / "searches" / "s" / "search.json").write_text(to_text(config, options))
+    found = search("--resume", "s", "--output-dir", str(tmp_path), "--max-concurrent", "1")
+    assert found == (override(config, {"resume": True}), replace(options, max_concurrent=1))
+    with pytest.raises(RunError, match="There are: s"):
+        search("--resume", "t", "--output-dir", str(tmp_path))
+    with pytest.raises(ConfigError, match="needs the name"):
+        search("--resume")

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from distmaml import checkpoint, paths, space, study, workers
-from distmaml.config import Config, override
+from distmaml.config import Config, flatten, override, read
 from distmaml.errors import ConfigError, RunError, TrackingError
 from distmaml.journal import Journal
 from distmaml.recipes import default_space, glyphs_maml_5w1s, image_folder_maml
@@ -176,7 +176,10 @@ def test_no_trial_sees_the_test_split_and_the_best_is_tested_once(undisturbed: t
     record = json.loads((folder / "searches" / "s" / "evaluation-test.json").read_text())
     best = min(journal(folder).trials.values(), key=lambda trial: trial.best("min") or 0.0)
     assert record["run"] == f"s-{best.number:03d}"
-    assert f"--inner-lr {best.values['inner_lr']}" in job.output
+    recipe = read(paths.champion(folder / "searches" / "s"))
+    assert best.values.items() <= flatten(recipe).items()
+    assert (recipe.outer.num_outer_steps, recipe.run.name) == (70_000, None)
+    assert f"train.py --recipe-file {paths.champion(folder / 'searches' / 's')}" in job.output
 
 
 @pytest.mark.ray
