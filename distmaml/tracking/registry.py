@@ -5,18 +5,16 @@ import warnings
 from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
-import mlflow
 import numpy as np
 from mlflow.exceptions import MlflowException
-from mlflow.models import ModelSignature
-from mlflow.types import ParamSchema, ParamSpec, Schema, TensorSpec
 
-from distmaml.tracking import served
 from distmaml.tracking.database import Tracking
 
 ALIAS = "champion"
 _FOLDER = "served_model"
+_CODE = Path(__file__).with_name("served.py")
 _NEEDED = ("torch", "numpy", "pyarrow", "safetensors", "Pillow", "fonttools", "tqdm", "filelock", "mlflow")
 """What the package needs to load a model and adapt it."""
 
@@ -49,14 +47,17 @@ def register(
       MlflowException: MLflow cannot be reached, or does not want it.
     """
     client = tracking.client()
-    with tempfile.TemporaryDirectory() as temporary, warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of type hints that a dict of arrays does not have
+    # mlflow.pyfunc warns of its own type hints and of those that an array has no use for, past the filters.
+    with tempfile.TemporaryDirectory() as temporary, warnings.catch_warnings(record=True):
+        warnings.simplefilter("ignore")
+        import mlflow.pyfunc
+
         folder = Path(temporary) / _FOLDER
         mlflow.pyfunc.save_model(
             str(folder),
-            python_model=served.__file__,
+            python_model=str(_CODE),
             artifacts={"model": str(model)},
-            code_paths=[str(Path(served.__file__).parent.parent)],
+            code_paths=[str(_CODE.parent.parent)],
             signature=_signature(input_shape, labels=labels, num_outputs=num_outputs),
             pip_requirements=[f"{package}=={version(package).partition('+')[0]}" for package in _NEEDED],
         )
@@ -72,7 +73,10 @@ def register(
     return str(created.version)
 
 
-def _signature(input_shape: Sequence[int], *, labels: bool, num_outputs: int) -> ModelSignature:
+def _signature(input_shape: Sequence[int], *, labels: bool, num_outputs: int) -> Any:
+    from mlflow.models import ModelSignature
+    from mlflow.types import ParamSchema, ParamSpec, Schema, TensorSpec
+
     inputs = (-1, *input_shape)
     targets = TensorSpec(np.dtype(np.int64), (-1,), "support_targets")
     if not labels:

@@ -20,7 +20,8 @@ class Served(mlflow.pyfunc.PythonModel):  # type: ignore[name-defined, misc, unu
         """Reads the weights."""
         self._model = distmaml.load(context.artifacts["model"])
 
-    def predict(self, context: Any, model_input: Any, params: dict[str, Any] | None = None) -> Any:
+    # Without type hints, from which MLflow would make a schema of its own.
+    def predict(self, context, model_input, params=None):  # type: ignore[no-untyped-def]
         """Class probabilities or values ``[num_queries, num_outputs]``.
 
         Args:

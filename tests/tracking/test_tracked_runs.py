@@ -12,6 +12,7 @@ import time
 import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
@@ -450,8 +451,7 @@ def test_the_view_compares_runs_by_the_wanted_charts(tracking: Tracking) -> None
     assert "viewStateShareKey=distmaml" in link
     tags = client.get_experiment(experiment).tags
     (text,) = [value for key, value in tags.items() if key.startswith("mlflow.sharedViewState.")]
-    packed = json.loads(text)["state"].removeprefix("deflate;")
-    state = json.loads(zlib.decompress(base64.b64decode(packed)))
+    state = view_state(text)
     charts = [(c["type"], c.get("metricKey") or c["selectedMetrics"]) for c in state["compareRunCharts"]]
     assert charts == [
         ("PARALLEL", ["best/query_accuracy"]),
@@ -464,6 +464,37 @@ def test_the_view_compares_runs_by_the_wanted_charts(tracking: Tracking) -> None
     assert state["compareRunCharts"][0]["selectedParams"] == ["log10_inner_lr", "log10_outer_lr", "num_inner_steps"]
     assert [section["name"] for section in state["compareRunSections"]] == ["Comparison", "train", "val"]
     assert (state["orderByKey"], state["orderByAsc"]) == ("metrics.`best/query_accuracy`", False)
+
+
+def test_the_view_of_a_search_has_its_trials_alone_and_a_contour(tracking: Tracking) -> None:
+    client = tracking.client()
+    experiment = experiment_id(tracking, client, "search")
+    options: dict[str, Any] = {"best": "best/query_loss", "test": "test/query_loss", "curves": ["val/query_loss"]}
+    link = seed_view(
+        tracking, experiment, params=["log10_inner_lr", "log10_outer_lr", "algorithm"], lower_is_better=True,
+        parent_run_id="0123456789abcdef", **options,
+    )  # fmt: skip
+    assert link is not None
+    assert link.endswith("viewStateShareKey=distmaml-01234567")
+    state = view_state(client.get_experiment(experiment).tags["mlflow.sharedViewState.distmaml-01234567"])
+    assert [chart["type"] for chart in state["compareRunCharts"]] == ["PARALLEL", "CONTOUR", "BAR", "LINE"]
+    contour = state["compareRunCharts"][1]
+    assert [contour[axis]["key"] for axis in ("xaxis", "yaxis", "zaxis")] == [
+        *("log10_inner_lr", "log10_outer_lr", "best/query_loss"),
+    ]
+    assert state["searchFilter"] == "tags.`mlflow.parentRunId` = '0123456789abcdef'"
+    assert (state["orderByKey"], state["orderByAsc"]) == ("metrics.`best/query_loss`", True)
+    assert "metrics.`test/query_loss`" not in state["selectedColumns"]
+    for params in ([], ["outer_lr"]):  # nothing to draw a contour over
+        assert seed_view(tracking, experiment, params=params, parent_run_id="0123456789abcdef", **options)
+        state = view_state(client.get_experiment(experiment).tags["mlflow.sharedViewState.distmaml-01234567"])
+        assert "CONTOUR" not in [chart["type"] for chart in state["compareRunCharts"]]
+
+
+def view_state(tag: str) -> dict[str, Any]:
+    packed = json.loads(tag)["state"].removeprefix("deflate;")
+    state: dict[str, Any] = json.loads(zlib.decompress(base64.b64decode(packed)))
+    return state
 
 
 def test_a_view_that_cannot_be_written_stops_nothing(tracking: Tracking) -> None:
