@@ -42,7 +42,7 @@ def parse_recipe(arguments: Sequence[str], *, prog: str, description: str | None
 
 def parse_search(arguments: Sequence[str], *, prog: str, description: str | None) -> tuple[Config, Search]:
     """Like `parse_recipe`, with the options of a search among the others; or ``--resume NAME [options]``."""
-    if arguments[:1] == ["--resume"]:
+    if arguments and arguments[0] == "--resume":
         default, options = _interrupted(arguments), arguments[2:]
     else:
         config, options = _named(arguments, prog=prog, description=description)

@@ -5,6 +5,7 @@ otherwise than its paper is said in its docstring.
 """
 
 from collections.abc import Callable
+from dataclasses import replace
 
 from distmaml.config import (
     Config,
@@ -60,8 +61,8 @@ def omniglot_maml_5w5s() -> Config:
         algorithm_options=base.algorithm_options,
         model_options=Conv4Options(num_filters=32),
         task_options=ImageTaskOptions(dataset="omniglot", split="maml", num_shots=5, num_queries=5, rotations="all"),
-        outer=Outer(num_outer_steps=7200, meta_batch_size=8, schedule="cosine"),
-        evaluation=base.evaluation,
+        outer=Outer(num_outer_steps=11_000, meta_batch_size=8, schedule="cosine"),
+        evaluation=replace(base.evaluation, val_every=1000),
     )
 
 

@@ -1,23 +1,28 @@
 """Whole searches: what they leave behind, how they end, and how they go on."""
 
+import functools
 import json
 import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from distmaml import checkpoint, paths, space, study, workers
+from distmaml import checkpoint, launch, paths, space, study, workers
 from distmaml.config import Config, flatten, override, read
-from distmaml.errors import ConfigError, RunError, TrackingError
+from distmaml.errors import ConfigError, DistmamlError, RunError, TrackingError
 from distmaml.journal import Journal
 from distmaml.recipes import default_space, glyphs_maml_5w1s, image_folder_maml
 from distmaml.search import Trial
 from distmaml.space import Search
+from distmaml.worker import LocalWorker
 from tests.conftest import Job, StartJob
-from tests.runs import waves
-from tests.test_driver import logged_steps, mlflow_runs
+from tests.runs import pictures, tiny_store, waves
+from tests.test_driver import artifacts, logged_steps, mlflow_runs
 
 SPACE = ("inner_lr=log:0.01:0.1", "outer_lr=log:0.001:0.03", "num_inner_steps=int:1:3")
 OPTIONS = [
@@ -121,6 +126,73 @@ def test_rungs_begin_at_a_validation_near_a_27th(tmp_path: Path) -> None:
     assert space.first_rung(Search(), config) == 40
     assert space.first_rung(Search(first_rung=15), config) == 15
     assert space.first_rung(Search(), search(tmp_path, num_outer_steps=5, val_every=10)) == 5
+
+
+# ------------------------------------------------------------------------- one trial after the other, here
+
+
+@pytest.fixture
+def serially(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Trials and the test of the best run in this process; everything else is as ever."""
+
+    def run(function: Any, plan: Any, listener: Any, **_: Any) -> None:
+        while plan.num_left:
+            trial = plan.next()
+            listener.started(trial)
+            try:
+                function(trial, functools.partial(listener.reported, trial))
+                listener.ended(trial, "finished", None)
+            except DistmamlError as error:
+                listener.ended(trial, "failed", str(error))
+
+    @contextmanager
+    def cluster(config: Config, environment: object = None) -> Iterator[dict[str, float]]:
+        yield {"CPU": 2.0}
+
+    monkeypatch.setattr(study, "search", run)
+    monkeypatch.setattr(workers, "cluster", cluster)
+    monkeypatch.setattr(launch, "fit", lambda function, config, **_: function(config, LocalWorker()))
+
+
+@pytest.mark.usefixtures("serially")
+def test_the_best_trial_is_tested_drawn_registered_and_left_as_a_recipe(output_dir: Path) -> None:
+    tiny_store(output_dir / "tiny.arrow")
+    config = pictures(output_dir, "s", num_outer_steps=4, val_every=2)
+    options = Search(space=("inner_lr=log:0.001:0.5", "outer_lr=log:0.0001:0.1"), num_samples=4, searcher="tpe")
+    found = study.tune(config, options)
+    parent = next(run for run in mlflow_runs(output_dir) if run.info.run_name == "s")
+    assert parent.data.tags["distmaml.best_trial"] == found.config.run.name == f"s-{found.best.number:03d}"
+    assert {
+        *("search.json", "champion.json", "evaluation/evaluation-test.json", "evaluation/evaluation-test.csv"),
+        *("pictures/best_so_far.png", "pictures/budget.png", "pictures/learning_rates.png"),
+        *("pictures/parallel_coordinates.html", "served_model/MLmodel"),
+    } <= artifacts(output_dir, parent)
+    assert found.registered == "models:/glyphs-maml-5w1s@champion"
+    recipe = read(paths.champion(found.folder))
+    assert found.best.values.items() <= flatten(recipe).items()
+    assert (recipe.outer.num_outer_steps, recipe.run.name) == (800, None)
+    assert found.scores is not None
+    assert parent.data.metrics["test/query_accuracy"] == found.scores["transductive"]["query_accuracy"][-1].mean
+
+
+@pytest.mark.usefixtures("serially")
+def test_where_every_trial_fails_the_search_does(output_dir: Path) -> None:
+    with pytest.raises(DistmamlError, match=r"none of the 2 trials came to a result: .* no longer finite"):
+        study.tune(search(output_dir), Search(space=("outer_lr=choice:1e30,2e30",), searcher="grid"))
+    runs = mlflow_runs(output_dir)
+    assert [run.info.status for run in runs] == ["FAILED"] * 3
+    assert all("no longer finite" in run.data.tags["distmaml.reason"] for run in runs)
+
+
+@pytest.mark.usefixtures("serially")
+def test_more_samples_go_on_from_those_that_are_done(output_dir: Path) -> None:
+    config, options = search(output_dir), Search(space=SPACE, num_samples=2)
+    study.tune(config, options)
+    written = {file: file.read_bytes() for file in paths.runs(output_dir).glob("s-00*/model.safetensors")}
+    found = study.tune(override(config, {"resume": True}), replace(options, num_samples=4))
+    assert [trial.number for trial in found.trials] == [0, 1, 2, 3]
+    assert all(file.read_bytes() == content for file, content in written.items())
+    assert len(mlflow_runs(output_dir)) == 5
 
 
 # ------------------------------------------------------------------------------------------ on a cluster
@@ -232,16 +304,6 @@ def test_halving_prunes_and_a_trial_that_diverges_fails_alone(start_job: StartJo
         if trial.state == "pruned":
             assert run.data.tags["distmaml.pruned_at"] == str(trial.step)
     assert "Traceback" not in job.output
-
-
-@pytest.mark.ray
-def test_where_every_trial_fails_the_search_does(start_job: StartJob, tmp_path: Path) -> None:
-    job = finished(
-        start_job, tmp_path, "sinusoid-maml-5s", *OPTIONS[:2], "--space", "outer_lr=choice:1e30,2e30", *OPTIONS[8:],
-        status=2,
-    )  # fmt: skip
-    assert job.output.splitlines()[-1].startswith("error: none of the 5 trials came to a result: ")
-    assert {run.info.status for run in mlflow_runs(tmp_path)} == {"FAILED"}
 
 
 @pytest.mark.ray
