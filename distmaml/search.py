@@ -206,7 +206,7 @@ def _asha(halving: Halving, metric: str, mode: str) -> Any:
             super().on_trial_add(controller, _numbered(trial))
 
         def on_trial_result(self, controller: Any, trial: Any, result: dict[str, Any]) -> Any:
-            if result[TIME] >= halving.most:
+            if result.get(TIME, halving.most) >= halving.most:  # at its end; or it failed, and only says why
                 return TrialScheduler.CONTINUE
             decision = super().on_trial_result(controller, _numbered(trial), result)
             if decision == TrialScheduler.STOP:

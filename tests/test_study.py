@@ -207,7 +207,7 @@ def undisturbed(prepared: Path, start_job: StartJob, tmp_path_factory: pytest.Te
 
 def finished(start_job: StartJob, folder: Path, *arguments: str, status: int = 0) -> Job:
     job = start_job("tune", *arguments, "--output-dir", str(folder), folder=folder)
-    assert job.wait(seconds=400) == status, job.output
+    assert job.wait(seconds=600) == status, job.output
     return job
 
 
