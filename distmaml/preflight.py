@@ -58,11 +58,19 @@ def settings_of(name: str, output_dir: Path | None) -> Config:
       RunError: it is not; the message names those that are.
       ConfigError: its configuration is damaged.
     """
-    runs = paths.runs(paths.output_dir(output_dir))
-    known = sorted(path.parent.name for path in runs.glob("*/config.json"))
+    return read(paths.config_file(known_folder("run", paths.runs(paths.output_dir(output_dir)), name, "config.json")))
+
+
+def known_folder(kind: str, parent: Path, name: str, file: str) -> Path:
+    """The folder of a run or a search that is there: it holds a file of that name.
+
+    Raises:
+      RunError: it is not; the message names those that are.
+    """
+    known = sorted(path.parent.name for path in parent.glob(f"*/{file}"))
     if name not in known:
-        raise RunError(f"there is no run named {name!r} in {runs}. There are: {', '.join(known) or 'none'}.")
-    return read(paths.config_file(runs / name))
+        raise RunError(f"there is no {kind} named {name!r} in {parent}. There are: {', '.join(known) or 'none'}.")
+    return parent / name
 
 
 def check_output(folder: Path) -> None:

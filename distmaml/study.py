@@ -355,10 +355,7 @@ def settings_of(name: str, output_dir: Path | None) -> tuple[Config, Search]:
       ConfigError: its file is damaged.
     """
     searches = paths.searches(paths.output_dir(output_dir))
-    known = sorted(path.parent.name for path in searches.glob("*/search.json"))
-    if name not in known:
-        raise RunError(f"there is no search named {name!r} in {searches}. There are: {', '.join(known) or 'none'}.")
-    return space.read(paths.search_file(searches / name))
+    return space.read(paths.search_file(preflight.known_folder("search", searches, name, "search.json")))
 
 
 def _room(config: Config, options: Search, resources: Mapping[str, float]) -> int:
