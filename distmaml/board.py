@@ -46,6 +46,11 @@ class Board:
         elif time.monotonic() - self._said >= LOG_SECONDS:
             self._say(self._summary(trials))
 
+    def tell(self, text: str) -> None:
+        """Adds a line to a log; on a terminal the table shows what has changed."""
+        if not self._terminal:
+            self._say(text)
+
     def _say(self, text: str) -> None:
         self._said = time.monotonic()
         print(text, file=sys.stderr, flush=True)

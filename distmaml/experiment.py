@@ -136,9 +136,19 @@ PARAMETERS = ("log10_inner_lr", "log10_outer_lr", "num_inner_steps", "meta_batch
 
 
 def view(
-    config: Config, run: Any, tracking: Any, *, params: Sequence[str] = PARAMETERS, of_search: bool = False
+    config: Config,
+    run: Any,
+    tracking: Any,
+    *,
+    params: Sequence[str] = PARAMETERS,
+    curves: Sequence[str] = (),
+    of_search: bool = False,
 ) -> str:
-    """The path of the MLflow page that compares the runs of the experiment, or the trials of a search; may be empty."""
+    """The path of the MLflow page that compares the runs of the experiment, or the trials of a search; may be empty.
+
+    Args:
+      curves: metrics that are drawn over the outer step beside loss and accuracy.
+    """
     from distmaml.tracking.views import seed_view
 
     if run.experiment_id is None:
@@ -150,7 +160,7 @@ def view(
         params=params,
         best=f"best/{quantity}",
         test=f"test/{quantity}",
-        curves=list(dict.fromkeys(["train/query_loss", f"train/{quantity}", f"val/{quantity}"])),
+        curves=list(dict.fromkeys(["train/query_loss", f"train/{quantity}", f"val/{quantity}", *curves])),
         lower_is_better=config.evaluation.selection_mode == "min",
         parent_run_id=run.run_id if of_search else None,
     )

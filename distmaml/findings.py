@@ -117,4 +117,17 @@ def draw(folder: Path, config: Config, search: Search, chosen: Space, journal: J
     files.append(folder / "budget.png")
     steps = [trial.step for trial in journal.trials.values()]
     pictures.budget(files[-1], steps, most=most, rungs=rungs, title=title)
+    if any(journal.moves.values()) and judged:
+        files.append(folder / "population.png")
+        curves = {field: [_schedule(journal, trial, field) for trial, _ in judged] for field in chosen}
+        logarithmic = [field for field, domain in chosen.items() if domain.kind == "log"]
+        pictures.schedules(files[-1], curves, values, logarithmic=logarithmic, metric=metric, mode=mode, title=title)
     return files
+
+
+def _schedule(journal: Journal, trial: History, field: str) -> tuple[list[int], list[float]]:
+    """The outer steps at which a trial got a value, and its end; and the value from each on."""
+    moved = [(step, move.values[field]) for step, moves in journal.moves.items() for move in moves
+             if move.trial == trial.number]  # fmt: skip
+    points = [(0, trial.first_values[field]), *moved, (trial.step, trial.values[field])]
+    return [step for step, _ in points], [value for _, value in points]

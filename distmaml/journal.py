@@ -8,14 +8,25 @@ Knows nothing of what a trial does.
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from distmaml.errors import RunError
 
 State = Literal["running", "finished", "pruned", "failed"]
+
+
+class Move(NamedTuple):
+    """A trial goes on from the weights of another."""
+
+    trial: int
+    """Its number."""
+    donor: int
+    """The other's."""
+    values: dict[str, Any]
+    """What is particular about its configuration from there on."""
 
 
 @dataclass
@@ -25,7 +36,7 @@ class History:
     number: int
     """From 0, in the order in which they were planned."""
     values: dict[str, Any]
-    """Its configuration, as far as it is particular."""
+    """Its configuration, as far as it is particular, by now."""
     results: list[tuple[int, float]] = field(default_factory=list)
     """(outer step, value of the selection metric) of each report; a step that was repeated counts once."""
     state: State = "running"
@@ -34,6 +45,8 @@ class History:
     """Why it failed."""
     metrics: dict[str, float] = field(default_factory=dict)
     """All that the last report said."""
+    first_values: dict[str, Any] = field(default_factory=dict)
+    """Its configuration as it began."""
 
     @property
     def step(self) -> int:
@@ -57,6 +70,9 @@ class Journal:
         """(trial number, step, value) in the order in which they came."""
         self.ended: list[int] = []
         """Numbers of the trials that are over, in the order in which they ended."""
+        self.moves: dict[int, tuple[Move, ...]] = {}
+        """By the outer step at which trials went on from the weights of others; empty where it was found that none
+        does."""
         whole = self._whole_lines()
         for number, line in enumerate(whole, start=1):
             try:
@@ -80,6 +96,10 @@ class Journal:
         """A trial has ended."""
         self._write({"kind": "ended", "trial": number, "state": state, "reason": reason})
 
+    def moved(self, step: int, moves: Sequence[Move]) -> None:
+        """Trials that stand at a step go on from the weights of others."""
+        self._write({"kind": "moved", "step": step, "moves": [move._asdict() for move in moves]})
+
     def _write(self, entry: dict[str, Any]) -> None:
         self._file.parent.mkdir(parents=True, exist_ok=True)
         line = (json.dumps(entry) + "\n").encode()
@@ -91,9 +111,16 @@ class Journal:
         self._take(entry)
 
     def _take(self, entry: Mapping[str, Any]) -> None:
+        if entry["kind"] == "moved":
+            moves = tuple(Move(int(m["trial"]), int(m["donor"]), dict(m["values"])) for m in entry["moves"])
+            for move in moves:
+                self.trials[move.trial].values = move.values
+            self.moves[int(entry["step"])] = moves
+            return
         number = int(entry["trial"])
         if entry["kind"] == "started":
-            self.trials.setdefault(number, History(number, dict(entry["values"]))).state = "running"
+            values = dict(entry["values"])
+            self.trials.setdefault(number, History(number, values, first_values=values)).state = "running"
             return
         trial = self.trials[number]
         if entry["kind"] == "reported":

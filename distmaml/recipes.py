@@ -110,10 +110,13 @@ RECIPES: dict[str, Callable[[], Config]] = {
 }
 
 
-def default_space(config: Config) -> tuple[str, ...]:
+def default_space(config: Config, *, rates_only: bool = False) -> tuple[str, ...]:
     """What a search tries where nobody says otherwise: what MAML is most sensitive to.
 
     Fields that the configuration does not have are left out.
+
+    Args:
+      rates_only: only what may change while a trial runs.
     """
     size = config.outer.meta_batch_size
     space = {
@@ -125,4 +128,6 @@ def default_space(config: Config) -> tuple[str, ...]:
     }
     if is_custom(config.algorithm):
         del space["algorithm"]
+    if rates_only:
+        space = {field: space[field] for field in ("inner_lr", "outer_lr")}
     return tuple(f"{field}={domain}" for field, domain in space.items() if field in flatten(config))

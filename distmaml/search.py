@@ -8,6 +8,7 @@ plans the trials that are left.
 import logging
 import os
 import shutil
+import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import SimpleNamespace
@@ -41,6 +42,8 @@ class Trial(NamedTuple):
     """From 0, in the order in which they were planned."""
     values: dict[str, Any]
     """What is particular about it."""
+    step: int = 0
+    """How far it is known to be."""
 
 
 class Plan(Protocol):
@@ -89,6 +92,7 @@ def search(
     listener: Listener,
     *,
     halving: Halving | None,
+    until: int | None,
     metric: str,
     mode: Literal["max", "min"],
     max_concurrent: int,
@@ -105,6 +109,7 @@ def search(
 
     Args:
       function: calls ``report(metrics)`` now and then, with how far it is under `TIME`; may be stopped in any of them.
+      until: how far trials go before they are stopped; None where they end by themselves.
       resources: of each trial: ``{"CPU": 1}``.
       storage_path: what Ray Tune must know of the search while it runs; removed at the end.
 
@@ -116,13 +121,13 @@ def search(
     from ray import tune
     from ray.tune.error import TuneError
 
-    def one(config: dict[str, Any]) -> None:
-        _run_one(function, Trial(config["number"], config["values"]))
+    def trial(config: dict[str, Any]) -> None:
+        _run_one(function, Trial(**config))
 
     scheduler = None if halving is None else _asha(halving, metric, mode)
     told = _told(listener, scheduler)
     tuner = tune.Tuner(
-        tune.with_resources(one, dict(resources)),
+        tune.with_resources(trial, dict(resources)),
         tune_config=tune.TuneConfig(
             search_alg=_planned(plan, told.trials),
             scheduler=scheduler,
@@ -132,6 +137,7 @@ def search(
         run_config=tune.RunConfig(
             name=name,
             storage_path=str(storage_path),
+            stop=None if until is None else lambda _, result: result.get(TIME, 0) >= until,
             verbose=0,
             failure_config=tune.FailureConfig(max_failures=max_failures),
             callbacks=[told],
@@ -149,12 +155,19 @@ def search(
 def _run_one(function: Callable[[Trial, Report], None], trial: Trial) -> None:
     from ray import tune
 
+    sys.unraisablehook = _without_exits
     try:
         function(trial, lambda metrics: tune.report(dict(metrics)))
     except (RuntimeError, OSError, MemoryError):
         raise  # a disk, a network or a GPU may do better next time
     except Exception as error:
         tune.report({_REASON: _in_short(error)})
+
+
+def _without_exits(caught: Any) -> None:
+    """Says nothing where Ray's SIGTERM, by which it stops a trial, comes upon a finalizer."""
+    if not isinstance(caught.exc_value, SystemExit):
+        sys.__unraisablehook__(caught)
 
 
 def forwarding() -> Any:
@@ -178,7 +191,7 @@ def _planned(plan: Plan, trials: dict[str, Trial]) -> Any:
 
         def suggest(self, trial_id: str) -> dict[str, Any]:
             trials[trial_id] = plan.next()
-            return {"number": trials[trial_id].number, "values": trials[trial_id].values}
+            return trials[trial_id]._asdict()
 
         def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
             pass  # the listener hears it

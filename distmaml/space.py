@@ -101,13 +101,16 @@ class Search:
     """Configurations to try: 16 by default, all points for a grid."""
     searcher: Literal["random", "grid", "tpe"] = "random"
     """random: independent draws. grid: all combinations. tpe: Optuna's tree-structured Parzen estimator."""
-    scheduler: Literal["none", "asha"] = "asha"
-    """asha: asynchronous successive halving, which stops all but the best 1 / reduction_factor at each rung. none: all
-    trials are trained to the end."""
+    scheduler: Literal["none", "asha", "pbt"] = "asha"
+    """asha: asynchronous successive halving, which stops all but the best 1 / reduction_factor at each rung. pbt:
+    population-based training, in which the worst quarter goes on from the weights of the best, with other learning
+    rates, again and again. none: all trials are trained to the end, as they began."""
     reduction_factor: int = 3
     """How many times fewer trials each rung of asha lets through, and how many times further off the next one is."""
     first_rung: int | None = None
     """Outer steps before the first decision of asha. Default: about a 27th of num_outer_steps, at a validation."""
+    move_every: int | None = None
+    """Outer steps from one copying of pbt to the next, at validations. Default: about an eighth of num_outer_steps."""
     max_concurrent: int | None = None
     """Trials at a time. Default: as many as the cluster has room for."""
     search_seed: int = 0
@@ -140,7 +143,16 @@ def first_rung(search: Search, config: Config) -> int:
     return min(-(-config.outer.num_outer_steps // (27 * every)) * every, config.outer.num_outer_steps)
 
 
-def check_search(config: Config, search: Search) -> None:
+def stages(search: Search, config: Config) -> list[int]:
+    """The outer steps at which all trials wait for one another: those of pbt, and the end of a trial."""
+    steps, every = config.outer.num_outer_steps, config.evaluation.val_every
+    if search.scheduler != "pbt":
+        return [steps]
+    apart = search.move_every or -(-steps // (8 * every)) * every
+    return [*range(apart, steps, apart), steps]
+
+
+def check_search(config: Config, search: Search, space: Space) -> None:
     """Refuses what no search can do.
 
     Raises:
@@ -157,6 +169,38 @@ def check_search(config: Config, search: Search) -> None:
             f"first_rung={search.first_rung} lies behind the end of a trial, at num_outer_steps="
             f"{config.outer.num_outer_steps}."
         )
+    if search.scheduler == "pbt":
+        _check_population(config, search, space)
+
+
+def _check_population(config: Config, search: Search, space: Space) -> None:
+    every, steps = config.evaluation.val_every, config.outer.num_outer_steps
+    if config.cluster.num_workers > 1:
+        raise ConfigError(
+            f"num_workers={config.cluster.num_workers}: pbt copies the weights of trials that stand still, and those "
+            "of several workers do not stop at once. Take --num-workers 1, or --scheduler asha."
+        )
+    if search.searcher == "tpe":
+        raise ConfigError(
+            "searcher='tpe' learns from trials that end early, and those of pbt do not: take random or grid."
+        )
+    if search.num_samples is not None and search.num_samples < 2:
+        raise ConfigError(f"num_samples={search.num_samples}: pbt needs 2 trials or more, to copy one to another.")
+    if search.move_every is not None and (search.move_every < 1 or search.move_every % every):
+        raise ConfigError(
+            f"move_every={search.move_every} must be a multiple of val_every={every}: trials are judged by validations."
+        )
+    if stages(search, config) == [steps]:
+        raise ConfigError(
+            f"num_outer_steps={steps} leaves pbt nothing to do: the first copying would come after "
+            f"{search.move_every or every} steps. Validate more often: --val-every."
+        )
+    for field, domain in space.items():
+        if domain.kind not in ("uniform", "log"):
+            raise ConfigError(
+                f"--space {field}={domain}: pbt changes values while a trial runs, so they are uniform or log ranges. "
+                "Leave it out, or take --scheduler asha."
+            )
 
 
 def parse(config: Config, texts: Sequence[str]) -> Space:

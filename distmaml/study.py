@@ -1,22 +1,17 @@
 """The life of one search: its checks, its MLflow runs, its trials on the cluster, going on with it, and its best trial.
 
-A search is a run in MLflow, and each of its trials a run below it. A trial is an ordinary training run, in a folder of
-its own with checkpoints of its own; what makes it a trial is that its driver is this one.
+A search is a run in MLflow, and each of its trials a run below it.
 """
 
 import functools
 import json
 import logging
-from collections import deque
 from collections.abc import Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any, NamedTuple
-
-import torch
+from typing import NamedTuple
 
 from distmaml import build, experiment, findings, launch, loop, paths, preflight, report, space, workers
-from distmaml.board import Board
 from distmaml.config import Config, as_recipe, changes, override, to_json
 from distmaml.errors import ClusterError, DistmamlError, RunError, TrackingError
 from distmaml.files import write_text
@@ -25,11 +20,10 @@ from distmaml.journal import History, Journal
 from distmaml.progress import say
 from distmaml.recipes import RECIPES, default_space
 from distmaml.scoring import Evaluated, Intervals
-from distmaml.search import TIME, Ending, Halving, Report, Trial, forwarding, search
-from distmaml.searchers import Searcher, Tried, searcher
-from distmaml.selection import selected
+from distmaml.search import Halving, Trial, search
+from distmaml.searchers import searcher
 from distmaml.space import Search
-from distmaml.worker import LocalWorker
+from distmaml.trials import Trials, of_trial, run_trial
 
 log = logging.getLogger("distmaml")
 
@@ -74,9 +68,9 @@ def _tune(config: Config, options: Search, interrupt: Interrupt) -> Study:
     config = _common(workers.checked(config))
     name, output = config.run.name or "", paths.output_dir(config.run.output_dir)
     folder = paths.searches(output) / name
-    options = replace(options, space=options.space or default_space(config))
+    options = replace(options, space=options.space or default_space(config, rates_only=options.scheduler == "pbt"))
     chosen = space.parse(config, options.space)
-    space.check_search(config, options)
+    space.check_search(config, options, chosen)
     space.check_space(config, chosen)
     mode = config.evaluation.selection_mode
     proposer = searcher(options.searcher, chosen, num_trials=options.num_samples, seed=options.search_seed, mode=mode)
@@ -95,7 +89,8 @@ def _tune(config: Config, options: Search, interrupt: Interrupt) -> Study:
     }
     with experiment.tracked(config, folder, tracking, interrupt, params=described, tags=tags) as run:
         write_text(paths.search_file(folder), space.to_text(config, options))
-        view = experiment.view(config, run, tracking, params=_axes(chosen), of_search=True)
+        changing = [f"hparam/{field}" for field in chosen] if options.scheduler == "pbt" else []
+        view = experiment.view(config, run, tracking, params=_axes(chosen), curves=changing, of_search=True)
         compare = experiment.how_to_compare(tracking, output, view)
         say("The trials in MLflow: " + ", then ".join(compare))
         trials = Trials(config, options, proposer, journal, tracking, run.run_id)
@@ -106,7 +101,12 @@ def _tune(config: Config, options: Search, interrupt: Interrupt) -> Study:
                 f"{workers.described(resources)}; the search lies in {folder}"
             )
             try:
-                _search(config, options, trials, resources, concurrent)
+                for stage in space.stages(options, config):
+                    trials.plan(stage)
+                    if trials.num_left:
+                        _search(config, options, trials, resources, concurrent, until=stage)
+                    if stage < config.outer.num_outer_steps:
+                        trials.move(chosen, stage)
             except BaseException:
                 trials.interrupted()
                 say(f"Nothing of it is lost: jobs/tune.py --resume {name} goes on.")
@@ -143,9 +143,9 @@ def _tune(config: Config, options: Search, interrupt: Interrupt) -> Study:
     return Study(name, folder, list(journal.trials.values()), best, winner, scores, registered, compare)
 
 
-def _search(config: Config, options: Search, trials: "Trials", resources: Mapping[str, float], concurrent: int) -> None:
-    if not trials.num_left:
-        return
+def _search(
+    config: Config, options: Search, trials: Trials, resources: Mapping[str, float], concurrent: int, *, until: int
+) -> None:
     nested = config.cluster.num_workers > 1
     gpus = workers.gpus_per_worker(config, resources)
     # The process of a nested trial only waits for its workers, which ask for what they need.
@@ -159,6 +159,7 @@ def _search(config: Config, options: Search, trials: "Trials", resources: Mappin
         trials,
         trials,
         halving=halving,
+        until=until if until < config.outer.num_outer_steps else None,
         metric=config.evaluation.selection_metric,
         mode=config.evaluation.selection_mode,
         max_concurrent=concurrent,
@@ -186,118 +187,6 @@ def _test(config: Config, best: History, resources: Mapping[str, float]) -> Eval
     say(f"Testing the best: {winner.run.name}")
     found: Evaluated = workers.fit(loop.evaluate, winner, f"{winner.run.name}-test", resources, max_failures=0)
     return found
-
-
-# ---------------------------------------------------------------------------------------------- a trial
-
-
-def of_trial(config: Config, trial: Trial) -> Config:
-    """The configuration of one trial: a training run whose name ends in its number."""
-    name = f"{config.run.name}-{trial.number:03d}"
-    return override(config, {**trial.values, "name": name, "resume": False})
-
-
-def run_trial(config: Config, gpus: float, trial: Trial, report: Report) -> None:
-    """What the process of a trial does.
-
-    Args:
-      gpus: of each worker.
-    """
-    logging.getLogger("distmaml").setLevel(logging.ERROR)  # what is to be said of all trials, their driver says
-    own, metric = of_trial(config, trial), config.evaluation.selection_metric
-    if config.cluster.num_workers == 1:
-        device = torch.device("cuda" if gpus else "cpu")
-        metrics = loop.train(own, LocalWorker(device, tell=report))
-    else:
-        metrics = launch.fit(
-            loop.train,
-            own,
-            name=own.run.name or "",
-            storage_path=paths.ray(paths.output_dir(own.run.output_dir)) / (own.run.name or ""),
-            num_workers=own.cluster.num_workers,
-            gpus_per_worker=gpus,
-            max_failures=own.cluster.max_failures,
-            callbacks=[forwarding()],
-        )
-    if metric not in metrics:  # it was over when it was started again: its last report may have been lost
-        best = metrics.get(f"best/{config.evaluation.selected_quantity}")
-        if best is not None:
-            report({TIME: metrics["step"], metric: best})
-
-
-class Trials:
-    """The plan of a search, and what it hears: the journal, the trials' MLflow runs and the board."""
-
-    def __init__(
-        self,
-        config: Config,
-        options: Search,
-        proposer: Searcher,
-        journal: Journal,
-        tracking: Any,
-        parent_run_id: str | None,
-    ) -> None:
-        self.journal = journal
-        self._config, self._options, self._proposer = config, options, proposer
-        self._tracking, self._parent = tracking, parent_run_id
-        self._runs: dict[int, Any] = {}
-        self._board = Board(config.evaluation, num_trials=proposer.num_trials, num_steps=config.outer.num_outer_steps)
-        begun = journal.trials
-        unfinished = [number for number, trial in begun.items() if trial.state == "running"]
-        self._left = deque([*unfinished, *(n for n in range(proposer.num_trials) if n not in begun)])
-
-    @property
-    def num_left(self) -> int:
-        return len(self._left)
-
-    def next(self) -> Trial:
-        number = self._left.popleft()
-        if number in self.journal.trials:
-            return Trial(number, self.journal.trials[number].values)
-        mode, ended = self._config.evaluation.selection_mode, [self.journal.trials[n] for n in self.journal.ended]
-        tried = [Tried(trial.values, None if trial.state == "failed" else trial.best(mode)) for trial in ended]
-        return Trial(number, self._proposer.suggest(number, tried))
-
-    def started(self, trial: Trial) -> None:
-        config = of_trial(self._config, trial)
-        folder = paths.run_folder(config)
-        write_text(paths.config_file(folder), json.dumps(to_json(config), indent=2))
-        build.pin_store(config)
-        tags = {
-            "mlflow.parentRunId": self._parent or "",
-            "distmaml.kind": "trial",
-            "distmaml.search": self._config.run.name or "",
-            "distmaml.searcher": self._options.searcher,
-            "distmaml.scheduler": self._options.scheduler,
-        }
-        run = experiment.begin(config, folder, self._tracking, params={"trial": trial.number}, tags=tags)
-        self._runs[trial.number] = run
-        self.journal.started(trial.number, trial.values)
-        self._show()
-
-    def reported(self, trial: Trial, metrics: Mapping[str, float]) -> None:
-        value = selected(metrics, self._config.evaluation)
-        self.journal.reported(trial.number, int(metrics[TIME]), value, metrics)
-        self._show()
-
-    def ended(self, trial: Trial, how: Ending, reason: str | None) -> None:
-        known = self.journal.trials[trial.number]
-        run = self._runs.pop(trial.number)
-        run.add_tags(
-            {"distmaml.trial_state": how, **({"distmaml.pruned_at": str(known.step)} if how == "pruned" else {})}
-        )
-        run.end("FAILED" if how == "failed" else "FINISHED", reason=reason)
-        self.journal.over(trial.number, how, reason)
-        self._show(ended=known)
-
-    def interrupted(self) -> None:
-        """The search ends before its trials do."""
-        for run in self._runs.values():
-            run.end("KILLED", reason="its search was stopped", timeout=3.0)
-        self._runs.clear()
-
-    def _show(self, *, ended: History | None = None) -> None:
-        self._board.show(list(self.journal.trials.values()), ended=ended)
 
 
 # ---------------------------------------------------------------------------------------------- checks
@@ -333,11 +222,13 @@ def _check_folder(config: Config, options: Search, folder: Path) -> None:
             )
         return
     before, searched = settings_of(config.run.name or "", config.run.output_dir)
+    # A population of another size would have taken other decisions.
+    may_change = ("max_concurrent",) if options.scheduler == "pbt" else ("max_concurrent", "num_samples")
     differences = changes(to_json(before), config)
     differences += [
         f"{key}={value!r} (was {getattr(searched, key)!r})"
         for key, value in asdict(options).items()
-        if key not in ("num_samples", "max_concurrent") and value != getattr(searched, key)
+        if key not in may_change and value != getattr(searched, key)
     ]
     if to_json(before)["num_outer_steps"] != config.outer.num_outer_steps:
         differences.append(f"num_outer_steps={config.outer.num_outer_steps} (was {before.outer.num_outer_steps})")

@@ -7,16 +7,21 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 import torch.distributed as dist
 from torch.multiprocessing.spawn import spawn
 
-from distmaml import checkpoint, paths
-from distmaml.config import Config, override, to_json
+from distmaml import checkpoint, launch, paths, study, workers
+from distmaml.config import Config, override
 from distmaml.episodes import TaskBatch
+from distmaml.errors import DistmamlError
 from distmaml.recipes import RECIPES
+from distmaml.search import Trial
 from distmaml.store import StoreInfo, write_store
 from distmaml.tasks.sinusoid import SinusoidTasks
+from distmaml.trials import take_weights
+from distmaml.worker import LocalWorker
 
 
 def waves(output_dir: Path, name: str, **changes: Any) -> Config:
@@ -90,11 +95,43 @@ class Member:
 
 def adopt(config: Config) -> None:
     """Makes the newest checkpoint of a run one of these settings, with which it would not go on otherwise."""
-    folder = paths.checkpoints(paths.run_folder(config))
-    step = checkpoint.newest(folder)
+    step = checkpoint.newest(paths.checkpoints(paths.run_folder(config)))
     assert step is not None
-    tensors, document = checkpoint.load(checkpoint.path_of(folder, step))
-    checkpoint.save(checkpoint.path_of(folder, step), tensors, {**document, "config": to_json(config)})
+    take_weights(config, donor=config, step=step)
+
+
+class _Stop(Exception):  # noqa: N818 (no error)
+    pass
+
+
+def run_serially(patch: pytest.MonkeyPatch) -> None:
+    """Lets searches run and test their trials one after the other in this process, as long as the patch is."""
+
+    def run(function: Any, plan: Any, listener: Any, *, until: int | None, **_: Any) -> None:
+        while plan.num_left:
+            trial = plan.next()
+            listener.started(trial)
+
+            def report(metrics: Mapping[str, float], trial: Trial = trial) -> None:
+                listener.reported(trial, metrics)
+                if until is not None and metrics["step"] >= until:
+                    raise _Stop
+
+            try:
+                function(trial, report)
+                listener.ended(trial, "finished", None)
+            except _Stop:
+                listener.ended(trial, "finished", None)
+            except DistmamlError as error:
+                listener.ended(trial, "failed", str(error))
+
+    @contextmanager
+    def cluster(config: Config, environment: object = None) -> Iterator[dict[str, float]]:
+        yield {"CPU": 2.0}
+
+    patch.setattr(study, "search", run)
+    patch.setattr(workers, "cluster", cluster)
+    patch.setattr(launch, "fit", lambda function, config, **_: function(config, LocalWorker()))
 
 
 @contextmanager

@@ -34,11 +34,12 @@ LAYERS = [
         "space",
         "tasks",
     ],
-    ["build", "searchers"],
+    ["build", "population", "searchers"],
     ["adapter", "pictures", "recorder", "tracking"],
     ["loop"],
     ["findings", "launch", "preflight", "progress", "ray_cluster", "report", "search"],
     ["board", "experiment", "workers"],
+    ["trials"],
     ["driver", "study"],
     ["cli"],
 ]

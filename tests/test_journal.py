@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from distmaml.errors import RunError
-from distmaml.journal import Journal
+from distmaml.journal import Journal, Move
 
 
 def written(file: Path) -> Journal:
@@ -75,3 +75,14 @@ def test_a_damaged_line_in_the_middle_is_named(tmp_path: Path, line: str) -> Non
 def test_there_is_no_journal_before_the_first_trial(tmp_path: Path) -> None:
     assert Journal(tmp_path / "no" / "journal.jsonl").trials == {}
     assert not (tmp_path / "no").exists()
+
+
+def test_a_trial_that_goes_on_as_another_keeps_what_it_began_with(tmp_path: Path) -> None:
+    journal = written(tmp_path / "journal.jsonl")
+    journal.moved(10, [Move(0, 1, {"inner_lr": 0.48})])
+    journal.moved(20, [])
+    for known in (journal, Journal(tmp_path / "journal.jsonl")):
+        assert known.moves == {10: (Move(0, 1, {"inner_lr": 0.48}),), 20: ()}
+        assert known.trials[0].values == {"inner_lr": 0.48}
+        assert known.trials[0].first_values == {"inner_lr": 0.1}
+        assert known.trials[0].results == [(10, 0.7)]

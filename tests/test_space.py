@@ -9,9 +9,10 @@ import pytest
 from distmaml.config import Config, override
 from distmaml.errors import ConfigError
 from distmaml.recipes import glyphs_maml_5w1s
-from distmaml.space import check_space, grid, parse, sample, texts
+from distmaml.space import Search, check_search, check_space, grid, parse, sample, stages, texts
 
 CONFIG = glyphs_maml_5w1s()
+RATES = ["inner_lr=log:0.001:1", "outer_lr=log:0.0001:0.01"]
 FOUR = (
     "inner_lr=log:0.001:1",
     "weight_decay=uniform:0:0.5",
@@ -127,3 +128,35 @@ def test_a_field_comes_once_and_with_what_it_may_be(texts: list[str], says: str)
 def test_a_grid_of_a_range_asks_for_its_points() -> None:
     with pytest.raises(ConfigError, match=r"inner_lr=log:0\.1:1:5"):
         grid(parse(CONFIG, ["inner_lr=log:0.1:1"]))
+
+
+@pytest.mark.parametrize(
+    ("changes", "options", "space", "says"),
+    [
+        ({"num_workers": 2}, {}, RATES, "num_workers=2"),
+        ({}, {"searcher": "tpe"}, RATES, "searcher='tpe'"),
+        ({}, {"num_samples": 1}, RATES, "num_samples=1"),
+        ({}, {"move_every": 15}, RATES, "move_every=15 must be a multiple of val_every=10"),
+        ({}, {"move_every": 0}, RATES, "move_every=0"),
+        ({}, {"move_every": 100}, RATES, "nothing to do"),
+        ({"val_every": 100}, {}, RATES, "--val-every"),
+        ({}, {}, [*RATES, "num_inner_steps=int:1:3"], "num_inner_steps=int:1:3"),
+        ({}, {}, [*RATES, "algorithm=choice:maml,anil"], "algorithm=choice:maml,anil"),
+    ],
+)
+def test_what_a_population_cannot_do_is_refused(
+    changes: dict[str, Any], options: dict[str, Any], space: list[str], says: str
+) -> None:
+    config = override(CONFIG, {"num_outer_steps": 100, "val_every": 10})
+    check_search(config, Search(scheduler="pbt"), parse(config, RATES))
+    config = override(config, changes)
+    with pytest.raises(ConfigError) as refused:
+        check_search(config, Search(scheduler="pbt", **options), parse(config, space))
+    assert says in str(refused.value)
+
+
+def test_a_population_meets_at_validations_about_an_eighth_apart() -> None:
+    config = override(CONFIG, {"num_outer_steps": 1000, "val_every": 10})
+    assert stages(Search(scheduler="asha"), config) == [1000]
+    assert stages(Search(scheduler="pbt"), config) == [130, 260, 390, 520, 650, 780, 910, 1000]
+    assert stages(Search(scheduler="pbt", move_every=500), config) == [500, 1000]

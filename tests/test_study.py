@@ -1,28 +1,29 @@
 """Whole searches: what they leave behind, how they end, and how they go on."""
 
-import functools
+import itertools
 import json
+import shutil
 import signal
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from mlflow import MlflowClient
 
-from distmaml import checkpoint, launch, paths, space, study, workers
+from distmaml import checkpoint, paths, space, study, trials, workers
 from distmaml.config import Config, flatten, override, read
 from distmaml.errors import ConfigError, DistmamlError, RunError, TrackingError
 from distmaml.journal import Journal
 from distmaml.recipes import default_space, glyphs_maml_5w1s, image_folder_maml
 from distmaml.search import Trial
 from distmaml.space import Search
-from distmaml.worker import LocalWorker
+from distmaml.trials import of_trial
 from tests.conftest import Job, StartJob
-from tests.runs import pictures, tiny_store, waves
+from tests.runs import pictures, run_serially, tiny_store, waves
 from tests.test_driver import artifacts, logged_steps, mlflow_runs
 
 SPACE = ("inner_lr=log:0.01:0.1", "outer_lr=log:0.001:0.03", "num_inner_steps=int:1:3")
@@ -118,7 +119,7 @@ def test_every_recipe_has_a_default_space_that_its_trials_could_have(tmp_path: P
 
 def test_a_trial_is_a_run_that_differs_from_the_others_in_its_values_alone(tmp_path: Path) -> None:
     config = search(tmp_path, resume=True)
-    trial = study.of_trial(config, Trial(7, {"inner_lr": 0.3, "algorithm": "anil"}))
+    trial = of_trial(config, Trial(7, {"inner_lr": 0.3, "algorithm": "anil"}))
     assert trial == override(config, {"name": "s-007", "inner_lr": 0.3, "algorithm": "anil", "resume": False})
 
 
@@ -135,24 +136,7 @@ def test_rungs_begin_at_a_validation_near_a_27th(tmp_path: Path) -> None:
 @pytest.fixture
 def serially(monkeypatch: pytest.MonkeyPatch) -> None:
     """Trials and the test of the best run in this process; everything else is as ever."""
-
-    def run(function: Any, plan: Any, listener: Any, **_: Any) -> None:
-        while plan.num_left:
-            trial = plan.next()
-            listener.started(trial)
-            try:
-                function(trial, functools.partial(listener.reported, trial))
-                listener.ended(trial, "finished", None)
-            except DistmamlError as error:
-                listener.ended(trial, "failed", str(error))
-
-    @contextmanager
-    def cluster(config: Config, environment: object = None) -> Iterator[dict[str, float]]:
-        yield {"CPU": 2.0}
-
-    monkeypatch.setattr(study, "search", run)
-    monkeypatch.setattr(workers, "cluster", cluster)
-    monkeypatch.setattr(launch, "fit", lambda function, config, **_: function(config, LocalWorker()))
+    run_serially(monkeypatch)
 
 
 @pytest.mark.usefixtures("serially")
@@ -194,6 +178,130 @@ def test_more_samples_go_on_from_those_that_are_done(output_dir: Path) -> None:
     assert [trial.number for trial in found.trials] == [0, 1, 2, 3]
     assert all(file.read_bytes() == content for file, content in written.items())
     assert len(mlflow_runs(output_dir)) == 5
+
+
+# -------------------------------------------------------------------------------- population-based training
+
+POPULATION = Search(
+    space=("inner_lr=log:0.01:0.1", "outer_lr=log:0.001:0.03"), num_samples=4, scheduler="pbt", move_every=10
+)
+
+
+@pytest.fixture(scope="module")
+def population_alone(prepared: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A population of four that move twice, undisturbed."""
+    folder = Path(shutil.copytree(prepared, tmp_path_factory.mktemp("population") / "output"))
+    with pytest.MonkeyPatch.context() as patch:
+        run_serially(patch)
+        study.tune(search(folder, num_outer_steps=30), POPULATION)
+    return folder
+
+
+def same_results(folder: Path, expected: Path) -> None:
+    found, wanted = journal(folder), journal(expected)
+    assert found.moves == wanted.moves
+    for number, trial in wanted.trials.items():
+        assert found.trials[number].results == trial.results
+        assert found.trials[number].values == trial.values
+        model, reference = best_params(folder, number), best_params(expected, number)
+        assert all(torch.equal(model[name], reference[name]) for name in reference)
+
+
+def test_a_population_trains_to_its_end_and_its_worst_go_on_from_its_best(population_alone: Path) -> None:
+    known = journal(population_alone)
+    assert {trial.state for trial in known.trials.values()} == {"finished"}
+    assert list(known.moves) == [10, 20]
+    (first,), (second,) = known.moves.values()
+    for step, move in ((10, first), (20, second)):
+        at_step = {number: dict(trial.results)[step] for number, trial in known.trials.items()}
+        assert move.donor == min(at_step, key=lambda n: at_step[n])
+        assert move.trial == max(at_step, key=lambda n: at_step[n])
+    (own, document), (donors, _) = (
+        checkpoint.load(checkpoint.path_of(paths.checkpoints(paths.runs(population_alone) / f"s-{number:03d}"), 20))
+        for number in (second.trial, second.donor)
+    )
+    assert all(torch.equal(own[name], donors[name]) for name in donors)
+    assert document["config"]["outer_lr"] == second.values["outer_lr"]
+    best = min(value for step, value in known.trials[second.trial].results if step <= 20)
+    assert document["best"] == best  # its own
+
+
+def test_what_a_population_changes_is_logged_as_metrics_and_what_it_began_with_as_parameters(
+    population_alone: Path,
+) -> None:
+    known = journal(population_alone)
+    client = MlflowClient(f"sqlite:///{population_alone / 'mlflow.db'}")
+    for run in mlflow_runs(population_alone):
+        assert run.info.status == "FINISHED"
+        if run.info.run_name == "s":
+            continue
+        trial = known.trials[int(run.data.params["trial"])]
+        assert float(run.data.params["outer_lr"]) == trial.first_values["outer_lr"]
+        assert "distmaml.changed_params" not in run.data.tags
+        history = client.get_metric_history(run.info.run_id, "hparam/outer_lr")
+        assert [point.step for point in history] == [0, 10, 20]
+        assert (history[0].value, history[-1].value) == (trial.first_values["outer_lr"], trial.values["outer_lr"])
+        assert logged_steps(population_alone, run, "val/query_loss") == list(range(5, 31, 5))
+    assert (paths.artifacts(paths.searches(population_alone) / "s") / "population.png").exists()
+
+
+@pytest.mark.usefixtures("serially")
+@pytest.mark.parametrize("num_reports", [3, 9, 16])
+def test_a_population_whose_driver_dies_goes_on_to_the_same_end(
+    output_dir: Path, population_alone: Path, monkeypatch: pytest.MonkeyPatch, num_reports: int
+) -> None:
+    heard = trials.Trials.reported
+    count = itertools.count()
+
+    def dying(self: trials.Trials, trial: Trial, metrics: Mapping[str, float]) -> None:
+        if next(count) == num_reports:  # the checkpoint is there, and nobody has heard of it
+            raise KeyboardInterrupt
+        heard(self, trial, metrics)
+
+    config = search(output_dir, num_outer_steps=30)
+    monkeypatch.setattr(trials.Trials, "reported", dying)
+    with pytest.raises(KeyboardInterrupt):
+        study.tune(config, POPULATION)
+    assert "RUNNING" not in {run.info.status for run in mlflow_runs(output_dir)}
+    monkeypatch.setattr(trials.Trials, "reported", heard)
+    study.tune(override(config, {"resume": True}), POPULATION)
+    same_results(output_dir, population_alone)
+    assert len(mlflow_runs(output_dir)) == 5
+
+
+@pytest.mark.usefixtures("serially")
+@pytest.mark.parametrize("after", [False, True])
+def test_a_population_whose_driver_dies_between_two_stages_goes_on_to_the_same_end(
+    output_dir: Path, population_alone: Path, monkeypatch: pytest.MonkeyPatch, after: bool
+) -> None:
+    take = trials.take_weights
+
+    def dying(*arguments: Any, **named: Any) -> None:
+        if after:
+            take(*arguments, **named)
+        raise KeyboardInterrupt
+
+    config = search(output_dir, num_outer_steps=30)
+    monkeypatch.setattr(trials, "take_weights", dying)
+    with pytest.raises(KeyboardInterrupt):
+        study.tune(config, POPULATION)
+    monkeypatch.setattr(trials, "take_weights", take)
+    with pytest.raises(RunError, match="num_samples=5"):
+        study.tune(override(config, {"resume": True}), replace(POPULATION, num_samples=5))
+    study.tune(override(config, {"resume": True}), POPULATION)
+    same_results(output_dir, population_alone)
+
+
+@pytest.mark.usefixtures("serially")
+def test_a_trial_that_diverges_leaves_its_population(output_dir: Path) -> None:
+    space = ("inner_lr=log:0.01:1e30:2", "outer_lr=log:0.001:0.01:2")
+    options = replace(POPULATION, space=space, searcher="grid", num_samples=None)
+    study.tune(search(output_dir, num_outer_steps=30), options)
+    states = [trial.state for trial in journal(output_dir).trials.values()]
+    assert sorted(states) == ["failed", "failed", "finished", "finished"]
+    moved = {move.trial for moves in journal(output_dir).moves.values() for move in moves}
+    assert moved
+    assert all(journal(output_dir).trials[number].state == "finished" for number in moved)
 
 
 # ------------------------------------------------------------------------------------------ on a cluster
@@ -285,6 +393,30 @@ def test_a_search_whose_driver_is_killed_goes_on_to_the_same_end(
     for run in runs:
         if run.info.run_name != "s":
             assert logged_steps(tmp_path, run, "val/query_loss") == list(range(20, 301, 20))
+
+
+@pytest.mark.ray
+def test_a_population_whose_driver_is_killed_comes_to_the_end_of_one_that_was_trained_here(
+    start_job: StartJob, prepared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = [*OPTIONS[:6], "--num-samples", "3", *OPTIONS[10:], "--scheduler", "pbt", "--move-every", "160"]
+    folder, here = tmp_path / "killed", Path(shutil.copytree(prepared, tmp_path / "here"))
+    folder.mkdir()
+    job = start_job("tune", "sinusoid-maml-5s", *options, "--output-dir", str(folder), folder=folder)
+    file = paths.journal(paths.searches(folder) / "s")
+    job.wait_for(lambda: file.exists() and b'"moved"' in file.read_bytes())
+    job.signal(signal.SIGKILL)
+    job.end()
+    resumed = finished(start_job, folder, "--resume", "s")
+    assert "Traceback" not in job.output + resumed.output
+    config, search_options = study.settings_of("s", folder)
+    run_serially(monkeypatch)
+    study.tune(override(config, {"output_dir": here}), search_options)
+    same_results(folder, here)
+    assert len(journal(folder).moves[160]) == 1
+    runs = mlflow_runs(folder)
+    assert [run.info.status for run in runs] == ["FINISHED"] * 4
+    assert all("hparam/inner_lr" in run.data.metrics for run in runs if run.info.run_name != "s")
 
 
 @pytest.mark.ray

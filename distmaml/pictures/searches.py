@@ -3,7 +3,7 @@
 Knows nothing of what a trial is: numbers in, PNG and HTML files out.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -131,6 +131,42 @@ def budget(path: Path, steps: Sequence[int], *, most: int, rungs: Sequence[int],
     if len(rungs):
         axes.set_yscale("log")
         add_legend(axes)
+    save(figure, path)
+
+
+def schedules(
+    path: Path,
+    curves: Mapping[str, Sequence[tuple[Sequence[int], Sequence[float]]]],
+    values: Sequence[float],
+    *,
+    logarithmic: Collection[str],
+    metric: str,
+    mode: str,
+    title: str,
+) -> None:
+    """How fields changed in the course of the trials, a panel for each field and a line for each trial.
+
+    Args:
+      curves: field -> for each trial, outer steps and the value from each of them to the next.
+      values: of the metric in each trial, finite; they colour the lines.
+      logarithmic: fields whose axis is.
+    """
+    figure, panels = new_figure(title, num_panels=len(curves))
+    shown = scale(metric) * np.asarray(values, dtype=float)
+    colours = ScalarMappable(Normalize(shown.min(), shown.max()), "viridis" if mode == "max" else "viridis_r")
+    best = int(np.argmax(shown) if mode == "max" else np.argmin(shown))
+    for axes, (field, lines) in zip(panels, curves.items(), strict=True):
+        for number, (steps, line) in enumerate(lines):
+            style: dict[str, Any] = {"color": colours.to_rgba(shown[number]), "linewidth": 1.5}
+            if number == best:
+                style = {"color": VERMILION, "linewidth": 2.5, "zorder": 3, "label": f"Best: {shown[best]:.4g}"}
+            axes.step(steps, line, where="post", **style)
+        if field in logarithmic:
+            axes.set_yscale("log")
+        axes.set_xlabel("Outer step")
+        axes.set_ylabel(field)
+    add_legend(panels[-1])
+    figure.colorbar(colours, ax=panels[-1], label=axis_label(metric))
     save(figure, path)
 
 
