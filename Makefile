@@ -20,7 +20,7 @@ train: .venv/installed
 
 # A small search on them, over learning rates, inner steps, algorithm and tasks per step.
 tune: .venv/installed
-	$(BIN)/python jobs/tune.py glyphs-maml-5w1s --num-samples 8 --num-outer-steps 270 --val-every 30
+	$(BIN)/python jobs/tune.py glyphs-maml-5w1s --num-samples 8 --num-outer-steps 150 --val-every 15 --num-val-episodes 40
 
 # The experiments of all runs, in the browser.
 ui: .venv/installed

@@ -411,7 +411,7 @@ def test_a_population_whose_driver_is_killed_comes_to_the_end_of_one_that_was_tr
     assert "Traceback" not in job.output + resumed.output
     config, search_options = study.settings_of("s", folder)
     run_serially(monkeypatch)
-    study.tune(override(config, {"output_dir": here}), search_options)
+    study.tune(override(config, {"output_dir": here, "resume": False}), search_options)
     same_results(folder, here)
     assert len(journal(folder).moves[160]) == 1
     runs = mlflow_runs(folder)
