@@ -3,6 +3,7 @@
     python -m benchmarks.paired RUN OTHER --split val --num-episodes 1000 --output-dir DIR
 
 The difference is that of the query metric after the last inner step, transductive, RUN minus OTHER; intervals are 95 %.
+Episodes that chose the models are left out: those of a validation are the first of their split.
 """
 
 import json
@@ -14,24 +15,24 @@ import torch
 import tyro
 
 from distmaml import build, checkpoint, outer, paths
-from distmaml.config import read
+from distmaml.config import from_json
 from distmaml.scoring import interval, score
 from distmaml.trees import tree_to
 
 CHUNK = 20
 
 
-def scores_of(run: Path, split: str, num_episodes: int) -> torch.Tensor:
-    """The query metric of a run's best model on each of the first episodes of a split, ``[num_episodes]``."""
-    config = read(paths.config_file(run))
+def scores_of(run: Path, split: str, episodes: range) -> torch.Tensor:
+    """The query metric of a run's best model on each of these episodes of a split, ``[num_episodes]``."""
+    tensors, document = checkpoint.load(paths.model(run))
+    config = from_json(document["config"])
     device, dtype = torch.device("cpu"), getattr(torch, config.outer.precision)
     tasks = build.task_distributions(config)
     learner = build.learner(config, build.shapes(tasks["train"]), device)
-    tensors, _ = checkpoint.load(paths.model(run))
     meta_params = outer.load_meta_params(learner.meta_params, tensors, prefix="")
     found = []
-    for first in range(0, num_episodes, CHUNK):
-        batch = tree_to(tasks[split].sample(range(first, min(first + CHUNK, num_episodes))), device, dtype)
+    for first in episodes[::CHUNK]:
+        batch = tree_to(tasks[split].sample(range(first, min(first + CHUNK, episodes.stop))), device, dtype)
         scores = score(learner.algorithm, learner.objective, meta_params, batch, inductive=False,
                        num_steps=config.evaluation.num_eval_steps, vectorize=learner.vectorize)  # fmt: skip
         found.append(scores["transductive"][config.evaluation.selected_quantity][:, -1])
@@ -41,14 +42,20 @@ def scores_of(run: Path, split: str, num_episodes: int) -> torch.Tensor:
 def main(
     runs: Annotated[tuple[str, str], tyro.conf.Positional],
     split: Literal["val", "test"] = "val",
+    first_episode: int = 200,
     num_episodes: int = 1000,
     output_dir: Path | None = None,
     result: Annotated[Path | None, tyro.conf.arg(help="JSON file for the result")] = None,
 ) -> None:
     """Measure and print."""
     folders = [paths.runs(paths.output_dir(output_dir)) / name for name in runs]
-    own, others = (scores_of(folder, split, num_episodes) for folder in folders)
-    record: dict[str, Any] = {"runs": runs, "split": split, "num_episodes": num_episodes}
+    documents = [checkpoint.load(paths.model(folder))[1] for folder in folders]
+    if documents[0]["dataset"] != documents[1]["dataset"]:
+        raise SystemExit(f"{runs[0]} and {runs[1]} were trained on different data, and have no episodes in common.")
+    episodes = range(first_episode, first_episode + num_episodes)
+    own, others = (scores_of(folder, split, episodes) for folder in folders)
+    record: dict[str, Any] = {"runs": runs, "split": split, "first_episode": first_episode,
+                              "num_episodes": num_episodes}  # fmt: skip
     for name, values in zip((*runs, "difference"), (own, others, own - others), strict=True):
         mean, half_width = interval(values)
         sys.stdout.write(f"{name:24s} {mean:9.5f} +- {half_width:.5f}\n")

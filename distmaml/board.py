@@ -67,6 +67,7 @@ class Board:
 
 
 def _cells(trial: History, evaluation: Evaluation) -> str:
-    words = [f"{field}={findings.text(value)}" for field, value in trial.values.items()]
-    words.append(f"{evaluation.selected_quantity} {findings.shown(evaluation, trial.best(evaluation.selection_mode))}")
+    mode = evaluation.selection_mode
+    words = [f"{field}={findings.text(value)}" for field, value in trial.best_values(mode).items()]
+    words.append(f"{evaluation.selected_quantity} {findings.shown(evaluation, trial.best(mode))}")
     return "  ".join([*words, *([trial.reason] if trial.reason else [])])

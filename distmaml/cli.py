@@ -10,6 +10,7 @@ from typing import Any
 
 import tyro
 
+from distmaml import paths
 from distmaml.config import OPTIONS, Config, override, read
 from distmaml.errors import ConfigError, DistmamlError, unknown
 from distmaml.interrupt import EXIT_STATUS
@@ -45,7 +46,7 @@ def parse_search(arguments: Sequence[str], *, prog: str, description: str | None
     if arguments and arguments[0] == "--resume":
         default, options = _interrupted(arguments), arguments[2:]
     else:
-        config, options = _named(arguments, prog=prog, description=description)
+        config, options = _named(arguments, prog=prog, description=description, also=("--resume NAME [options]",))
         default = _Tuning(Search(), config)
     recipe = default.config.recipe
     parsed: _Tuning = _parse(_Tuning, default, options, f"{prog} {recipe}", recipe)
@@ -59,15 +60,21 @@ def _interrupted(arguments: Sequence[str]) -> _Tuning:
         raise ConfigError("--resume needs the name of the search to go on with.")
     where = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     where.add_argument("--output-dir", type=Path)
-    config, search = settings_of(arguments[1], where.parse_known_args(arguments[2:])[0].output_dir)
-    return _Tuning(search, override(config, {"resume": True}))
+    output_dir = where.parse_known_args(arguments[2:])[0].output_dir
+    config, search = settings_of(arguments[1], output_dir)
+    return _Tuning(search, override(config, {"resume": True, "output_dir": paths.output_dir(output_dir)}))
 
 
-def _named(arguments: Sequence[str], *, prog: str, description: str | None) -> tuple[Config, Sequence[str]]:
+def _named(
+    arguments: Sequence[str], *, prog: str, description: str | None, also: Sequence[str] = ()
+) -> tuple[Config, Sequence[str]]:
     """The configuration that the first words name, and the options behind them."""
     if not arguments or arguments[0] in ("-h", "--help"):
         listed = "\n".join(f"  {name:24s}{(recipe.__doc__ or '').splitlines()[0]}" for name, recipe in RECIPES.items())
-        print(f"usage: {prog} RECIPE [options]\n       {prog} --recipe-file FILE [options]\n\n{description}\n")
+        forms = "\n       ".join(
+            f"{prog} {form}" for form in ("RECIPE [options]", "--recipe-file FILE [options]", *also)
+        )
+        print(f"usage: {forms}\n\n{description}\n")
         print(f"recipes:\n{listed}\n\n{prog} RECIPE --help lists its options.")
         raise SystemExit(0)
     if arguments[0] == "--recipe-file":

@@ -29,24 +29,38 @@ def open_tracking(config: Config, *, resuming: Path | None) -> Any:
     """MLflow, with what earlier commands left to be told to it."""
     from distmaml.tracking import database
     from distmaml.tracking.runs import sweep
-    from distmaml.tracking.uploader import replay
 
     output = paths.output_dir(config.run.output_dir)
     tracking = database.open_tracking(output, config.run.tracking_uri or _home_of(resuming, output))
     sweep(tracking, resuming=resuming)
     if not tracking.reachable:
         return tracking
-    deadline = time.monotonic() + LEFT_OVER_SECONDS
-    for folder in sorted([*paths.runs(output).glob("*"), *paths.searches(output).glob("*")]):
+    folders = sorted([*paths.runs(output).glob("*"), *paths.searches(output).glob("*")])
+    for folder in send_left_over([folder for folder in folders if folder != resuming], tracking):
+        say(f"MLflow has now got what the run {folder.name} had left to tell it.")
+    return tracking
+
+
+def send_left_over(folders: Sequence[Path], tracking: Any) -> list[Path]:
+    """Sends what runs that are over could not, for some seconds at most; the folders whose MLflow now has all."""
+    from distmaml.tracking.uploader import replay
+
+    deadline, sent = time.monotonic() + LEFT_OVER_SECONDS, []
+    for folder in folders:
         left = deadline - time.monotonic()
-        if folder == resuming or left <= 0 or not _has_unsent(folder, tracking.uri):
+        if left <= 0 or not _has_unsent(folder, tracking.uri):
             continue
         try:
             if replay(folder, tracking, timeout=left):
-                say(f"MLflow has now got what the run {folder.name} had left to tell it.")
+                sent.append(folder)
         except RunError:
             continue  # its own driver is about to send it
-    return tracking
+    return sent
+
+
+def status(folder: Path) -> str | None:
+    """How the MLflow run of a folder ended: FINISHED, FAILED or KILLED; None where it has not."""
+    return Outbox(folder).status()
 
 
 def _home_of(folder: Path | None, output: Path) -> str | None:

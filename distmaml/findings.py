@@ -1,7 +1,7 @@
 """What a search has found: the best of its trials, a table of them, and pictures."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -48,7 +48,7 @@ def table(trials: Sequence[History], evaluation: Evaluation, *, most: int | None
     body = [
         [
             f"{trial.number:03d}",
-            *(text(trial.values.get(field, "")) for field in fields),
+            *(text(trial.best_values(mode).get(field, "")) for field in fields),
             str(trial.step),
             shown(evaluation, trial.best(mode)),
             state(trial),
@@ -70,7 +70,7 @@ def shown(evaluation: Evaluation, value: float | None) -> str:
 
 def state(trial: History) -> str:
     """How a trial stands, in words."""
-    return f"pruned at {trial.step}" if trial.state == "pruned" else trial.state
+    return f"{trial.state} at {trial.step}" if trial.state in ("pruned", "lost") else trial.state
 
 
 def text(value: Any) -> str:
@@ -78,56 +78,57 @@ def text(value: Any) -> str:
     return f"{value:g}" if isinstance(value, float) else "none" if value is None else str(value)
 
 
-def draw(folder: Path, config: Config, search: Search, chosen: Space, journal: Journal) -> list[Path]:
-    """The pictures of a search: its trials over the learning rates, in parallel coordinates, and what they cost."""
+def draw(folder: Path, config: Config, search: Search, chosen: Space, journal: Journal) -> Iterator[Path]:
+    """Draws a search: its trials over the learning rates, in parallel coordinates, and what they cost; yields files."""
     evaluation, title = config.evaluation, config.run.name or ""
     metric, mode = evaluation.selected_quantity, evaluation.selection_mode
-    judged = [(trial, value) for trial in journal.trials.values() if (value := trial.best(mode)) is not None]
-    judged = [(trial, value) for trial, value in judged if math.isfinite(value) and trial.state != "failed"]
-    values = [value for _, value in judged]
-    files = []
-    rates = [field for field in ("inner_lr", "outer_lr") if field in chosen]
-    if len(rates) == 2:
-        x, y = ([float(trial.values[rate]) for trial, _ in judged] for rate in rates)
-        files.append(folder / "learning_rates.png")
-        whole = [trial.state != "pruned" for trial, _ in judged]
-        names = (rates[0], rates[1])
-        pictures.value_map(files[-1], x, y, values, whole, names=names, metric=metric, mode=mode, title=title)
+    known = [(trial, trial.best_values(mode), trial.best(mode)) for trial in journal.trials.values()]
+    judged = [(trial, tried, value) for trial, tried, value in known
+              if trial.state != "failed" and value is not None and math.isfinite(value)]  # fmt: skip
+    trials, values = [trial for trial, *_ in judged], [value for *_, value in judged]
     columns = {
-        f"log10_{field}" if domain.kind == "log" else field: [
-            math.log10(trial.values[field]) if domain.kind == "log" else trial.values[field] for trial, _ in judged
-        ]
+        field: [math.log10(tried[field]) if domain.kind == "log" else tried[field] for _, tried, _ in judged]
         for field, domain in chosen.items()
     }
-    files.append(folder / "parallel_coordinates.html")
-    pictures.parallel_coordinates(files[-1], columns, values, metric=metric, mode=mode, title=title)
+    logarithmic = [field for field, domain in chosen.items() if domain.kind == "log"]
+    if {"inner_lr", "outer_lr"} <= chosen.keys():
+        x, y = ([float(tried[rate]) for _, tried, _ in judged] for rate in ("inner_lr", "outer_lr"))
+        whole = [trial.state != "pruned" for trial in trials]
+        names = ("inner_lr", "outer_lr")
+        file = folder / "learning_rates.png"
+        pictures.value_map(file, x, y, values, whole, names=names, metric=metric, mode=mode, title=title)
+        yield file
+    file = folder / "parallel_coordinates.html"
+    axes = {f"log10_{field}" if field in logarithmic else field: column for field, column in columns.items()}
+    pictures.parallel_coordinates(file, axes, values, metric=metric, mode=mode, title=title)
+    yield file
     done: dict[int, int] = {}
     totals = []
     for number, step, _ in journal.results:
         done[number] = step
         totals.append(sum(done.values()))
-    files.append(folder / "best_so_far.png")
-    pictures.best_so_far(files[-1], totals, [v for *_, v in journal.results], metric=metric, mode=mode, title=title)
+    file = folder / "best_so_far.png"
+    pictures.best_so_far(file, totals, [v for *_, v in journal.results], metric=metric, mode=mode, title=title)
+    yield file
     most, rungs = config.outer.num_outer_steps, []
     if search.scheduler == "asha":
         rung = first_rung(search, config)
         while rung < most:
             rungs.append(rung)
             rung *= search.reduction_factor
-    files.append(folder / "budget.png")
+    file = folder / "budget.png"
     steps = [trial.step for trial in journal.trials.values()]
-    pictures.budget(files[-1], steps, most=most, rungs=rungs, title=title)
+    pictures.budget(file, steps, most=most, rungs=rungs, title=title)
+    yield file
     if any(journal.moves.values()) and judged:
-        files.append(folder / "population.png")
-        curves = {field: [_schedule(journal, trial, field) for trial, _ in judged] for field in chosen}
-        logarithmic = [field for field, domain in chosen.items() if domain.kind == "log"]
-        pictures.schedules(files[-1], curves, values, logarithmic=logarithmic, metric=metric, mode=mode, title=title)
-    return files
+        file = folder / "population.png"
+        curves = {field: [_schedule(trial, field) for trial in trials] for field in chosen}
+        pictures.schedules(file, curves, values, logarithmic=logarithmic, metric=metric, mode=mode, title=title)
+        yield file
 
 
-def _schedule(journal: Journal, trial: History, field: str) -> tuple[list[int], list[float]]:
+def _schedule(trial: History, field: str) -> tuple[list[int], list[float]]:
     """The outer steps at which a trial got a value, and its end; and the value from each on."""
-    moved = [(step, move.values[field]) for step, moves in journal.moves.items() for move in moves
-             if move.trial == trial.number]  # fmt: skip
-    points = [(0, trial.first_values[field]), *moved, (trial.step, trial.values[field])]
-    return [step for step, _ in points], [value for _, value in points]
+    ends = [0, *(until for until, _ in trial.earlier), trial.step]
+    values = [*(values[field] for _, values in trial.earlier), trial.values[field]]
+    return ends, [*values, values[-1]]

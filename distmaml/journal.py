@@ -15,7 +15,8 @@ from typing import Any, Literal, NamedTuple
 
 from distmaml.errors import RunError
 
-State = Literal["running", "finished", "pruned", "failed"]
+State = Literal["running", "finished", "pruned", "failed", "lost"]
+"""A trial that is lost could not go on for a reason that may pass: a full disk, a node that is gone."""
 
 
 class Move(NamedTuple):
@@ -42,21 +43,30 @@ class History:
     state: State = "running"
     """How it stands; one whose driver was killed is running still."""
     reason: str | None = None
-    """Why it failed."""
-    metrics: dict[str, float] = field(default_factory=dict)
-    """All that the last report said."""
-    first_values: dict[str, Any] = field(default_factory=dict)
-    """Its configuration as it began."""
+    """Why it failed or was lost."""
+    earlier: list[tuple[int, dict[str, Any]]] = field(default_factory=list)
+    """(outer step, values up to there) for each configuration that it had before."""
 
     @property
     def step(self) -> int:
         """Outer steps done."""
         return self.results[-1][0] if self.results else 0
 
+    @property
+    def first_values(self) -> dict[str, Any]:
+        """Its configuration as it began."""
+        return self.earlier[0][1] if self.earlier else self.values
+
     def best(self, mode: str) -> float | None:
         """The best value so far; None before the first that is a number."""
         values = [value for _, value in self.results if value == value]  # NaN is not equal to itself
         return (max(values) if mode == "max" else min(values)) if values else None
+
+    def best_values(self, mode: str) -> dict[str, Any]:
+        """The configuration with which it came to the first of its best values."""
+        best = self.best(mode)
+        at = next((step for step, value in self.results if value == best), self.step)
+        return next((values for until, values in self.earlier if at <= until), self.values)
 
 
 class Journal:
@@ -88,9 +98,9 @@ class Journal:
         """A trial begins, or goes on after an interruption."""
         self._write({"kind": "started", "trial": number, "values": dict(values)})
 
-    def reported(self, number: int, step: int, value: float, metrics: Mapping[str, float]) -> None:
+    def reported(self, number: int, step: int, value: float) -> None:
         """A trial has come to a step."""
-        self._write({"kind": "reported", "trial": number, "step": step, "value": value, "metrics": dict(metrics)})
+        self._write({"kind": "reported", "trial": number, "step": step, "value": value})
 
     def over(self, number: int, state: State, reason: str | None) -> None:
         """A trial has ended."""
@@ -112,26 +122,27 @@ class Journal:
 
     def _take(self, entry: Mapping[str, Any]) -> None:
         if entry["kind"] == "moved":
-            moves = tuple(Move(int(m["trial"]), int(m["donor"]), dict(m["values"])) for m in entry["moves"])
+            step, moves = int(entry["step"]), [Move(**move) for move in entry["moves"]]
             for move in moves:
-                self.trials[move.trial].values = move.values
-            self.moves[int(entry["step"])] = moves
+                trial = self.trials[move.trial]
+                trial.earlier.append((step, trial.values))
+                trial.values = dict(move.values)
+            self.moves[step] = tuple(moves)
             return
         number = int(entry["trial"])
         if entry["kind"] == "started":
-            values = dict(entry["values"])
-            self.trials.setdefault(number, History(number, values, first_values=values)).state = "running"
+            self.trials.setdefault(number, History(number, dict(entry["values"]))).state = "running"
             return
         trial = self.trials[number]
         if entry["kind"] == "reported":
             step, value = int(entry["step"]), float(entry["value"])
-            trial.metrics = dict(entry["metrics"])
             if step > trial.step:
                 trial.results.append((step, value))
                 self.results.append((number, step, value))
         else:
             trial.state, trial.reason = entry["state"], entry["reason"]
-            self.ended.append(number)
+            if trial.state != "lost":
+                self.ended.append(number)
 
     def _whole_lines(self) -> list[bytes]:
         try:

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from distmaml import build, checkpoint, collectives, outer, paths
-from distmaml.config import Config
+from distmaml.config import Config, from_json
 from distmaml.episodes import TaskDistribution, num_chunks, shard
 from distmaml.errors import DivergenceError
 from distmaml.meter import Meter
@@ -115,10 +115,12 @@ def evaluate(config: Config, worker: Worker, *, split: str = "test", step: int |
       RunError: the data are not those that it was trained on.
     """
     tasks = build.task_distributions(config)
-    learner = build.learner(config, build.shapes(tasks["train"]), worker.device)
     collectives.wait_for_all(worker.device)  # rank 0 may still be writing the file that all read
     tensors, document = checkpoint.load(file_of(paths.run_folder(config), step))
     check_data(document, config)
+    # What it was trained with, which is not what the run has by now where a search has changed it in between.
+    trained = from_json(document["config"])
+    learner = build.learner(trained, build.shapes(tasks["train"]), worker.device)
     meta_params = outer.load_meta_params(learner.meta_params, tensors, prefix="" if step is None else outer.META_PARAMS)
     scores = _score(config, worker, learner, meta_params, tasks, split, inductive=config.evaluation.inductive)
     return Evaluated(document["step"], scores)

@@ -3,6 +3,7 @@
 Knows nothing of what runs on it.
 """
 
+import json
 import logging
 import os
 import secrets
@@ -62,9 +63,16 @@ def connect(
         os.environ.setdefault(name, value)
     check_address(address)
     found = address or os.environ.get("RAY_ADDRESS")
-    options = {"runtime_env": {"env_vars": dict(environment)}} if environment else {}
+    options = {"runtime_env": {"env_vars": _beside_those_of_the_job(environment)}} if environment else {}
     with _connected(found, options) if found else _started(num_cpus, options) as resources:
         yield resources
+
+
+def _beside_those_of_the_job(environment: Mapping[str, str]) -> dict[str, str]:
+    """Without the variables that a submitted job brings: Ray refuses to hear of one twice."""
+    job = json.loads(os.environ.get("RAY_JOB_CONFIG_JSON_ENV_VAR", "{}"))
+    brought = (job.get("runtime_env") or {}).get("env_vars") or {}
+    return {name: value for name, value in environment.items() if name not in brought}
 
 
 def is_local(address: str | None) -> bool:

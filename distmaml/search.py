@@ -6,6 +6,7 @@ plans the trials that are left.
 """
 
 import logging
+import math
 import os
 import shutil
 import sys
@@ -14,7 +15,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, Literal, NamedTuple, Protocol, TypeAlias
 
-from distmaml.errors import ClusterError, DistmamlError, first_line
+from distmaml.errors import CheckpointError, ClusterError, DistmamlError, RunError, first_line
 
 log = logging.getLogger("distmaml")
 
@@ -30,8 +31,13 @@ _ENVIRONMENT = {
 TIME = "step"
 """The metric that says how far a trial is."""
 _REASON = "distmaml_reason"
+_MAY_PASS = (RuntimeError, OSError, MemoryError, RunError, CheckpointError, ClusterError)
+"""Of a disk, a network, a GPU."""
+_WORST = 1e100
+"""Stands for what is not finite where trials are compared: Ray would let NaN pass all rungs."""
 
-Ending: TypeAlias = Literal["finished", "pruned", "failed"]
+Ending: TypeAlias = Literal["finished", "pruned", "failed", "lost"]
+"""What failed would only fail again; what was lost may do better another time."""
 Report: TypeAlias = Callable[[Mapping[str, float]], None]
 
 
@@ -103,8 +109,8 @@ def search(
 ) -> None:
     """Runs ``function(trial, report)`` for every trial of the plan, on processes of the cluster, until there is none.
 
-    A trial whose process dies is started again, up to `max_failures` times; the function finds its own way back. An
-    error that distmaml raises on purpose, or a mistake in the code, would only come again: it fails the trial at once,
+    A trial whose process dies is started again, up to `max_failures` times, and then is lost; the function finds its
+    own way back. An error that would only come again, a divergence or a mistake in the code, fails the trial at once,
     and not the search.
 
     Args:
@@ -115,6 +121,7 @@ def search(
 
     Raises:
       ClusterError: Ray Tune itself failed.
+      Exception: whatever the listener raises.
     """
     for variable, value in _ENVIRONMENT.items():
         os.environ.setdefault(variable, value)
@@ -137,7 +144,7 @@ def search(
         run_config=tune.RunConfig(
             name=name,
             storage_path=str(storage_path),
-            stop=None if until is None else lambda _, result: result.get(TIME, 0) >= until,
+            stop=_stopper(until, told),
             verbose=0,
             failure_config=tune.FailureConfig(max_failures=max_failures),
             callbacks=[told],
@@ -147,9 +154,11 @@ def search(
     try:
         tuner.fit()
     except TuneError as error:
-        raise ClusterError(f"Ray Tune failed: {first_line(error)}.") from error
+        raise ClusterError(f"Ray Tune failed: {str(error).strip().splitlines()[-1]}.") from error
     finally:
         shutil.rmtree(storage_path, ignore_errors=True)
+    if told.error is not None:
+        raise told.error
 
 
 def _run_one(function: Callable[[Trial, Report], None], trial: Trial) -> None:
@@ -158,8 +167,8 @@ def _run_one(function: Callable[[Trial, Report], None], trial: Trial) -> None:
     sys.unraisablehook = _without_exits
     try:
         function(trial, lambda metrics: tune.report(dict(metrics)))
-    except (RuntimeError, OSError, MemoryError):
-        raise  # a disk, a network or a GPU may do better next time
+    except _MAY_PASS:
+        raise
     except Exception as error:
         tune.report({_REASON: _in_short(error)})
 
@@ -213,62 +222,93 @@ def _asha(halving: Halving, metric: str, mode: str) -> Any:
             super().__init__(TIME, metric, mode, halving.most, halving.first, halving.factor, stop_last_trials=False)
             self.pruned: set[int] = set()
             for number, step, value in halving.replay:
-                self._brackets[0].on_result(SimpleNamespace(trial_id=number), step, self._metric_op * value)
+                self._judge(number, step, value)
+
+        def _judge(self, number: int, step: int, value: float) -> Any:
+            if step >= halving.most:
+                return TrialScheduler.CONTINUE
+            worth = self._metric_op * value if math.isfinite(value) else -_WORST
+            decision = self._brackets[0].on_result(SimpleNamespace(trial_id=number), step, worth)
+            if decision == TrialScheduler.STOP:
+                self.pruned.add(number)
+            return decision
 
         def on_trial_add(self, controller: Any, trial: Any) -> None:
-            super().on_trial_add(controller, _numbered(trial))
+            pass  # there is one bracket for all
 
         def on_trial_result(self, controller: Any, trial: Any, result: dict[str, Any]) -> Any:
-            if result.get(TIME, halving.most) >= halving.most:  # at its end; or it failed, and only says why
+            if metric not in result:  # it failed, and only says why
                 return TrialScheduler.CONTINUE
-            decision = super().on_trial_result(controller, _numbered(trial), result)
-            if decision == TrialScheduler.STOP:
-                self.pruned.add(trial.config["number"])
-            return decision
+            return self._judge(trial.config["number"], result[TIME], result[metric])
 
         def on_trial_complete(self, controller: Any, trial: Any, result: dict[str, Any]) -> None:
             pass  # its result has been seen
 
         def on_trial_remove(self, controller: Any, trial: Any) -> None:
-            super().on_trial_remove(controller, _numbered(trial))
+            pass
 
     return Asha()
 
 
-def _numbered(trial: Any) -> Any:
-    return SimpleNamespace(trial_id=trial.config["number"])
+def pruned(halving: Halving, metric: str, mode: Literal["max", "min"]) -> frozenset[int]:
+    """The numbers of the trials that are to end where the replay leaves them."""
+    return frozenset(_asha(halving, metric, mode).pruned)
+
+
+def _stopper(until: int | None, told: Any) -> Any:
+    from ray.tune import Stopper
+
+    class Stop(Stopper):  # type: ignore[misc, unused-ignore]
+        """Ends trials that have come far enough, and all once the listener has failed."""
+
+        def __call__(self, trial_id: str, result: dict[str, Any]) -> bool:
+            return until is not None and result.get(TIME, 0) >= until
+
+        def stop_all(self) -> bool:
+            return told.error is not None
+
+    return Stop()
 
 
 def _told(listener: Listener, scheduler: Any) -> Any:
     from ray.tune import Callback
 
     class Told(Callback):  # type: ignore[misc, unused-ignore]
-        """A listener as Tune wants it."""
+        """A listener as Tune wants it: Tune would take an error of the listener for one of the trial."""
 
         def __init__(self) -> None:
             self.trials: dict[str, Trial] = {}
+            self.error: Exception | None = None
             self._reasons: dict[str, str] = {}
             self._started: set[str] = set()
 
         def on_trial_start(self, iteration: int, trials: Any, trial: Any, **info: Any) -> None:
             if trial.trial_id not in self._started:  # and not again after a failure
                 self._started.add(trial.trial_id)
-                listener.started(self.trials[trial.trial_id])
+                self._tell(listener.started, self.trials[trial.trial_id])
 
         def on_trial_result(self, iteration: int, trials: Any, trial: Any, result: Any, **info: Any) -> None:
             if _REASON in result:
                 self._reasons[trial.trial_id] = result[_REASON]
             else:
                 numbers = {k: float(v) for k, v in result.items() if "/" in k or k == TIME}
-                listener.reported(self.trials[trial.trial_id], numbers)
+                self._tell(listener.reported, self.trials[trial.trial_id], numbers)
 
         def on_trial_complete(self, iteration: int, trials: Any, trial: Any, **info: Any) -> None:
             known, reason = self.trials[trial.trial_id], self._reasons.get(trial.trial_id)
-            pruned = scheduler is not None and known.number in scheduler.pruned
-            listener.ended(known, "failed" if reason else "pruned" if pruned else "finished", reason)
+            stopped = scheduler is not None and known.number in scheduler.pruned
+            self._tell(listener.ended, known, "failed" if reason else "pruned" if stopped else "finished", reason)
 
         def on_trial_error(self, iteration: int, trials: Any, trial: Any, **info: Any) -> None:
-            listener.ended(self.trials[trial.trial_id], "failed", _in_short(trial.get_pickled_error()))
+            self.on_trial_start(iteration, trials, trial)  # its process may never have come to be
+            self._tell(listener.ended, self.trials[trial.trial_id], "lost", _in_short(trial.get_pickled_error()))
+
+        def _tell(self, method: Callable[..., None], *arguments: Any) -> None:
+            if self.error is None:
+                try:
+                    method(*arguments)
+                except Exception as error:
+                    self.error = error
 
     return Told()
 
@@ -277,6 +317,6 @@ def _in_short(error: BaseException | None) -> str:
     error = getattr(error, "cause", None) or error
     if isinstance(error, DistmamlError):
         return str(error)
-    if error is None or type(error).__module__.partition(".")[0] == "ray":
+    if error is None or type(error).__name__ == "ActorDiedError":
         return "its process died"
     return f"{type(error).__name__}: {first_line(error)}"

@@ -4,7 +4,7 @@ from collections.abc import Iterable
 from typing import Any, NamedTuple, Protocol
 
 from distmaml import space as spaces
-from distmaml.errors import ConfigError
+from distmaml.errors import ConfigError, unknown
 from distmaml.space import Space
 
 
@@ -105,8 +105,10 @@ def searcher(name: str, space: Space, *, num_trials: int | None, seed: int, mode
       num_trials: of the search; None for a grid alone, which has as many as it has points.
 
     Raises:
-      ConfigError: a grid of another size than the number that is asked for, or of ranges without points.
+      ConfigError: an unknown name, a grid of another size than is asked for, or of ranges without points.
     """
+    if name not in SEARCHERS:
+        raise ConfigError(unknown("searcher", name, SEARCHERS))
     if name == "grid":
         found = GridSearch(space)
         if num_trials is not None and num_trials != found.num_trials:

@@ -28,6 +28,7 @@ from distmaml.errors import ConfigError, unknown
 from distmaml.limits import check
 
 Kind = Literal["uniform", "log", "int", "choice"]
+SCHEDULERS = ("none", "asha", "pbt")
 
 
 @dataclass(frozen=True)
@@ -158,6 +159,8 @@ def check_search(config: Config, search: Search, space: Space) -> None:
     Raises:
       ConfigError: naming the value, and what is allowed.
     """
+    if search.scheduler not in SCHEDULERS:
+        raise ConfigError(unknown("scheduler", search.scheduler, SCHEDULERS))
     for name, least in (("num_samples", 1), ("reduction_factor", 2), ("first_rung", 1), ("max_concurrent", 1)):
         value = getattr(search, name)
         if value is not None and value < least:
@@ -255,11 +258,6 @@ def _domain(config: Config, field: str, text: str) -> Domain:
     return Domain(kind, low, high, num_points=int(words[2]))  # type: ignore[arg-type]
 
 
-def texts(space: Space) -> tuple[str, ...]:
-    """What `parse` turns back into the space."""
-    return tuple(f"{field}={domain}" for field, domain in space.items())
-
-
 def sample(space: Space, seed: int, number: int) -> dict[str, Any]:
     """Values of the fields, drawn at random: a function of its arguments alone."""
     stream = random.Random(f"{seed} {number}")
@@ -284,7 +282,7 @@ def check_space(config: Config, space: Space) -> None:
     """
     if not space:
         raise ConfigError("the space is empty; name a field of it: --space inner_lr=log:1e-3:1.")
-    fixed = [f for f in space if f in {"recipe", "num_outer_steps", *_fixed(config)}]
+    fixed = [field for field in space if field in _fixed(config)]
     if fixed:
         raise ConfigError(
             f"--space {fixed[0]}=...: it must be the same for all trials, or they could not be compared. Leave it out."
@@ -298,5 +296,8 @@ def check_space(config: Config, space: Space) -> None:
                 check(override(base, {field: value}))
 
 
-def _fixed(config: Config) -> list[str]:
-    return [name for group in (config.run, config.cluster, config.evaluation) for name in flatten(group)]
+def _fixed(config: Config) -> set[str]:
+    """Fields that decide what a trial is judged on, or that are none of its own."""
+    groups = (config.run, config.cluster, config.evaluation, config.task_options)
+    names = {name for group in groups for name in flatten(group)} - {"num_queries"}  # of training alone
+    return names | {"recipe", "tasks", "objective", "num_outer_steps", "seed", "precision"}

@@ -6,7 +6,9 @@ A search is a run in MLflow, and each of its trials a run below it.
 import functools
 import json
 import logging
-from collections.abc import Mapping
+import re
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import NamedTuple
@@ -20,10 +22,11 @@ from distmaml.journal import History, Journal
 from distmaml.progress import say
 from distmaml.recipes import RECIPES, default_space
 from distmaml.scoring import Evaluated, Intervals
-from distmaml.search import Halving, Trial, search
+from distmaml.search import Halving, Trial, pruned, search
 from distmaml.searchers import searcher
 from distmaml.space import Search
-from distmaml.trials import Trials, of_trial, run_trial
+from distmaml.trial import of_trial, run_trial
+from distmaml.trials import Trials
 
 log = logging.getLogger("distmaml")
 
@@ -82,78 +85,123 @@ def _tune(config: Config, options: Search, interrupt: Interrupt) -> Study:
             f"the MLflow server at {tracking.uri} cannot be reached, and a search begins with a run there, to which "
             "its trials belong. Start it, or leave --tracking-uri out for the embedded database."
         )
-    journal = Journal(paths.journal(folder))
+    if not config.run.resume:
+        preflight.remove_false_start(folder)
     tags = {"distmaml.kind": "search", "distmaml.searcher": options.searcher, "distmaml.scheduler": options.scheduler}
     described = {f"space_{field}": str(domain) for field, domain in chosen.items()} | {
         key: value for key, value in asdict(options).items() if key not in ("space", "max_concurrent")
     }
     with experiment.tracked(config, folder, tracking, interrupt, params=described, tags=tags) as run:
         write_text(paths.search_file(folder), space.to_text(config, options))
+        journal = Journal(paths.journal(folder))  # now that no other process writes it
         changing = [f"hparam/{field}" for field in chosen] if options.scheduler == "pbt" else []
         view = experiment.view(config, run, tracking, params=_axes(chosen), curves=changing, of_search=True)
         compare = experiment.how_to_compare(tracking, output, view)
         say("The trials in MLflow: " + ", then ".join(compare))
-        trials = Trials(config, options, proposer, journal, tracking, run.run_id)
-        with workers.cluster(config, launch.worker_environment()) as resources:
+        trials = Trials(config, options, proposer, journal, tracking, run.run_id, interrupt)
+        with _told_how_to_go_on(name), workers.cluster(config, launch.worker_environment()) as resources:
             concurrent = _room(config, options, resources)
             say(
                 f"{workers.count(proposer.num_trials, 'trial')}, {concurrent} at a time on "
                 f"{workers.described(resources)}; the search lies in {folder}"
             )
+            halving = _halving(config, options, journal)
             try:
+                if halving is not None:
+                    evaluation = config.evaluation
+                    trials.settle(pruned(halving, evaluation.selection_metric, mode))
+                else:
+                    trials.settle(frozenset())
                 for stage in space.stages(options, config):
                     trials.plan(stage)
                     if trials.num_left:
-                        _search(config, options, trials, resources, concurrent, until=stage)
+                        _search(config, halving, trials, resources, concurrent, until=stage)
                     if stage < config.outer.num_outer_steps:
                         trials.move(chosen, stage)
             except BaseException:
                 trials.interrupted()
-                say(f"Nothing of it is lost: jobs/tune.py --resume {name} goes on.")
                 raise
-            best = findings.best_of(list(journal.trials.values()), mode)
-            if best is None:
-                reasons = list(dict.fromkeys(t.reason for t in journal.trials.values() if t.reason))
-                raise DistmamlError(
-                    f"none of the {workers.count(len(journal.trials), 'trial')} came to a result: {reasons[0]}"
-                    if reasons
-                    else "no trial came to a result."
-                )
-            tested = _test(config, best, resources)
-        winner = of_trial(config, Trial(best.number, best.values))
+            best = _best(config, journal)
+            winner = of_trial(config, Trial(best.number, best.best_values(mode)))
+            tested = _test(winner, resources)
         value = best.best(mode)
         assert value is not None
-        run.add_metrics(best.step, {f"best/{config.evaluation.selected_quantity}": value})
+        # A search that goes on later has done more steps, and what it finds then is the newest.
+        steps = sum(trial.step for trial in journal.trials.values())
+        run.add_metrics(steps, {f"best/{config.evaluation.selected_quantity}": value})
         run.add_tags({"distmaml.best_trial": winner.run.name or ""})
-        length = (
-            RECIPES[config.recipe]().outer.num_outer_steps if config.recipe in RECIPES else winner.outer.num_outer_steps
-        )
-        recipe = as_recipe(override(winner, {"num_outer_steps": length}))
-        write_text(paths.champion(folder), json.dumps(recipe, indent=2) + "\n")
+        write_text(paths.champion(folder), json.dumps(as_recipe(_at_full_length(winner)), indent=2) + "\n")
         for file in (paths.search_file(folder), paths.champion(folder)):
             run.add_artifact(file, None)
         if tested is not None:
-            run.add_metrics(tested.step, report.metrics_of(tested.scores))
+            run.add_metrics(steps, report.metrics_of(tested.scores))
             for file in report.write_evaluation(winner, folder, tested):
                 run.add_artifact(file, "evaluation")
         for picture in _draw(config, options, chosen, journal, folder):
             run.add_artifact(picture, "pictures")
         registered = experiment.register(winner, paths.model(paths.run_folder(winner)), run, tracking)
+        experiment.send_left_over(
+            [paths.run_folder(of_trial(config, Trial(n, t.values))) for n, t in journal.trials.items()], tracking
+        )
     scores = None if tested is None else tested.scores
     return Study(name, folder, list(journal.trials.values()), best, winner, scores, registered, compare)
 
 
+@contextmanager
+def _told_how_to_go_on(name: str) -> Iterator[None]:
+    try:
+        yield
+    except BaseException:
+        say(f"Nothing of it is lost: jobs/tune.py --resume {name} goes on.")
+        raise
+
+
+def _best(config: Config, journal: Journal) -> History:
+    """The best trial.
+
+    Raises:
+      DistmamlError: there is none; why, of the first that failed.
+    """
+    trials = list(journal.trials.values())
+    lost = [trial for trial in trials if trial.state == "lost"]
+    if lost:
+        say(
+            f"{workers.count(len(lost), 'trial')} could not be trained to the end, {lost[0].number:03d} since "
+            f"{lost[0].reason}. --resume {config.run.name} tries again."
+        )
+    best = findings.best_of(trials, config.evaluation.selection_mode)
+    if best is None:
+        reasons = [trial.reason for trial in trials if trial.reason] or ["no validation gave a number"]
+        raise DistmamlError(f"none of the {workers.count(len(trials), 'trial')} came to a result: {reasons[0]}")
+    return best
+
+
+def _at_full_length(config: Config) -> Config:
+    """As many outer steps as the recipe has, unless the search's trials have more."""
+    usual = RECIPES[config.recipe]().outer.num_outer_steps if config.recipe in RECIPES else 0
+    return override(config, {"num_outer_steps": max(usual, config.outer.num_outer_steps)})
+
+
+def _halving(config: Config, options: Search, journal: Journal) -> Halving | None:
+    if options.scheduler != "asha":
+        return None
+    first, steps = space.first_rung(options, config), config.outer.num_outer_steps
+    return Halving(first, steps, options.reduction_factor, replay=tuple(journal.results))
+
+
 def _search(
-    config: Config, options: Search, trials: Trials, resources: Mapping[str, float], concurrent: int, *, until: int
+    config: Config,
+    halving: Halving | None,
+    trials: Trials,
+    resources: Mapping[str, float],
+    concurrent: int,
+    *,
+    until: int,
 ) -> None:
     nested = config.cluster.num_workers > 1
     gpus = workers.gpus_per_worker(config, resources)
     # The process of a nested trial only waits for its workers, which ask for what they need.
     wants = {"node:__internal_head__": 0.001} if nested else {"CPU": 1.0, **({"GPU": gpus} if gpus else {})}
-    halving = None
-    if options.scheduler == "asha":
-        first, steps = space.first_rung(options, config), config.outer.num_outer_steps
-        halving = Halving(first, steps, options.reduction_factor, replay=tuple(trials.journal.results))
     search(
         functools.partial(run_trial, config, gpus),
         trials,
@@ -172,16 +220,17 @@ def _search(
 
 def _draw(config: Config, options: Search, chosen: space.Space, journal: Journal, folder: Path) -> list[Path]:
     """What goes wrong with pictures must not make a failure of a search that is done."""
+    files = []
     try:
-        return findings.draw(paths.artifacts(folder), config, options, chosen, journal)
+        for file in findings.draw(paths.artifacts(folder), config, options, chosen, journal):
+            files.append(file)
     except Exception as error:
-        log.warning("The pictures could not be drawn (%s). All else is there.", build.described(error))
-        return []
+        log.warning("Not all pictures could be drawn (%s). All else is there.", build.described(error))
+    return files
 
 
-def _test(config: Config, best: History, resources: Mapping[str, float]) -> Evaluated | None:
+def _test(winner: Config, resources: Mapping[str, float]) -> Evaluated | None:
     """The best trial's model on the test split, which no trial has seen."""
-    winner = of_trial(config, Trial(best.number, best.values))
     if not winner.evaluation.num_test_episodes:
         return None
     say(f"Testing the best: {winner.run.name}")
@@ -215,7 +264,9 @@ def _check_folder(config: Config, options: Search, folder: Path) -> None:
             raise RunError(
                 f"a search named {name!r} exists in {folder}. Go on with it by --resume, or choose another --name."
             )
-        taken = sorted(path.name for path in runs.glob(f"{name}-[0-9][0-9][0-9]*"))
+        taken = sorted(
+            path.name for path in runs.glob("*") if re.fullmatch(re.escape(f"{name}-") + r"\d{3,}", path.name)
+        )
         if taken:
             raise RunError(
                 f"runs in {runs} have the names of its trials: {', '.join(taken[:3])}. Choose another --name."
@@ -230,8 +281,9 @@ def _check_folder(config: Config, options: Search, folder: Path) -> None:
         for key, value in asdict(options).items()
         if key not in may_change and value != getattr(searched, key)
     ]
-    if to_json(before)["num_outer_steps"] != config.outer.num_outer_steps:
-        differences.append(f"num_outer_steps={config.outer.num_outer_steps} (was {before.outer.num_outer_steps})")
+    now, then = to_json(config), to_json(before)
+    # Which a run may change, but its other trials were judged with the old ones.
+    differences += [f"{k}={now[k]!r} (was {then[k]!r})" for k in ("num_outer_steps", "patience") if now[k] != then[k]]
     if differences:
         raise RunError(
             f"the search {name!r} cannot go on with {', '.join(differences)}. Take the old values or another --name."

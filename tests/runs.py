@@ -20,7 +20,7 @@ from distmaml.recipes import RECIPES
 from distmaml.search import Trial
 from distmaml.store import StoreInfo, write_store
 from distmaml.tasks.sinusoid import SinusoidTasks
-from distmaml.trials import take_weights
+from distmaml.trial import take_weights
 from distmaml.worker import LocalWorker
 
 

@@ -80,10 +80,10 @@ def test_a_search_is_drawn_whatever_its_trials_came_to(tmp_path: Path, scheduler
     for number in range(6):
         journal.started(number, space.sample(chosen, 0, number))
         for step in range(10, 40, 10):
-            journal.reported(number, step, math.nan if number == 1 else 0.1 * number + 0.01 * step, {})
+            journal.reported(number, step, math.nan if number == 1 else 0.1 * number + 0.01 * step)
         journal.over(number, "failed" if number == 2 else "pruned", None)
     options = space.Search(scheduler=scheduler)  # type: ignore[arg-type]
-    files = findings.draw(tmp_path / "pictures", config, options, chosen, journal)
+    files = list(findings.draw(tmp_path / "pictures", config, options, chosen, journal))
     assert sorted(file.name for file in files) == [
         *("best_so_far.png", "budget.png", "learning_rates.png", "parallel_coordinates.html"),
     ]

@@ -39,6 +39,7 @@ LAYERS = [
     ["loop"],
     ["findings", "launch", "preflight", "progress", "ray_cluster", "report", "search"],
     ["board", "experiment", "workers"],
+    ["trial"],
     ["trials"],
     ["driver", "study"],
     ["cli"],

@@ -13,9 +13,9 @@ def written(file: Path) -> Journal:
     journal = Journal(file)
     journal.started(0, {"inner_lr": 0.1})
     journal.started(1, {"inner_lr": 0.4, "clip_norm": None})
-    journal.reported(1, 10, 0.5, {"val/query_accuracy": 0.5, "step": 10.0})
-    journal.reported(0, 10, 0.7, {"val/query_accuracy": 0.7})
-    journal.reported(1, 20, math.nan, {"val/query_accuracy": math.nan})
+    journal.reported(1, 10, 0.5)
+    journal.reported(0, 10, 0.7)
+    journal.reported(1, 20, math.nan)
     journal.over(1, "failed", "a loss is no longer finite")
     return journal
 
@@ -48,7 +48,7 @@ def test_a_step_that_was_done_twice_counts_once(tmp_path: Path) -> None:
     journal = Journal(tmp_path / "journal.jsonl")
     journal.started(0, {})
     for step, value in ((10, 0.5), (20, 0.6), (10, 0.5), (20, 0.6), (30, 0.7)):
-        journal.reported(0, step, value, {})
+        journal.reported(0, step, value)
     assert journal.results == [(0, 10, 0.5), (0, 20, 0.6), (0, 30, 0.7)]
     assert Journal(tmp_path / "journal.jsonl").trials[0].results == [(10, 0.5), (20, 0.6), (30, 0.7)]
 
@@ -58,7 +58,7 @@ def test_the_best_of_a_loss_is_the_least(tmp_path: Path) -> None:
     journal.started(0, {})
     assert journal.trials[0].best("min") is None
     for step, value in ((10, 0.5), (20, 0.3), (30, 0.7)):
-        journal.reported(0, step, value, {})
+        journal.reported(0, step, value)
     assert (journal.trials[0].best("min"), journal.trials[0].best("max")) == (0.3, 0.7)
 
 
@@ -86,3 +86,8 @@ def test_a_trial_that_goes_on_as_another_keeps_what_it_began_with(tmp_path: Path
         assert known.trials[0].values == {"inner_lr": 0.48}
         assert known.trials[0].first_values == {"inner_lr": 0.1}
         assert known.trials[0].results == [(10, 0.7)]
+        assert known.trials[0].best_values("max") == {"inner_lr": 0.1}
+    journal.reported(0, 20, 0.6)
+    assert journal.trials[0].best_values("max") == {"inner_lr": 0.1}  # which came to the best
+    journal.reported(0, 30, 0.8)
+    assert journal.trials[0].best_values("max") == {"inner_lr": 0.48}

@@ -9,7 +9,7 @@ import pytest
 from distmaml.config import Config, override
 from distmaml.errors import ConfigError
 from distmaml.recipes import glyphs_maml_5w1s
-from distmaml.space import Search, check_search, check_space, grid, parse, sample, stages, texts
+from distmaml.space import Search, check_search, check_space, grid, parse, sample, stages
 
 CONFIG = glyphs_maml_5w1s()
 RATES = ["inner_lr=log:0.001:1", "outer_lr=log:0.0001:0.01"]
@@ -24,7 +24,7 @@ FOUR = (
 def test_texts_are_a_space_and_a_space_is_its_texts() -> None:
     written = (*FOUR, "outer_lr=log:0.0001:0.01:3", "clip_norm=choice:none,10.0")
     space = parse(CONFIG, written)
-    assert texts(space) == written
+    assert tuple(f"{field}={domain}" for field, domain in space.items()) == written
     assert space["clip_norm"].values == (None, 10.0)
 
 
@@ -102,6 +102,9 @@ def test_what_is_no_range_is_refused_with_the_way_out(field: str, text: str, say
         (["num_outer_steps=int:1:5"], "be the same for all trials"),
         (["num_workers=int:1:5"], "be the same for all trials"),
         (["selection_metric=choice:a,b"], "be the same for all trials"),
+        (["num_ways=choice:2,5"], "be the same for all trials"),
+        (["data_dir=choice:/a,/b"], "be the same for all trials"),
+        (["seed=int:0:5"], "be the same for all trials"),
         (["inner_lr=uniform:-1:1"], "inner_lr=-1"),
         (["num_inner_steps=int:0:3"], "num_inner_steps=0"),
         (["algorithm=choice:maml,mmal"], "did you mean 'maml'"),

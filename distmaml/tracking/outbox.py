@@ -171,7 +171,12 @@ class Outbox:
 
     def has_ended(self) -> bool:
         """Whether the last thing that the run said about itself is how it ended."""
-        return [r["kind"] for r in self.records() if r["kind"] in ("started", "ended")][-1:] == ["ended"]
+        return self.status() is not None
+
+    def status(self) -> str | None:
+        """How the run ended: FINISHED, FAILED or KILLED; None where it has not, or goes on."""
+        last = [r for r in self.records() if r["kind"] in ("started", "ended")][-1:]
+        return next((str(r["status"]) for r in last if r["kind"] == "ended"), None)
 
     def read_sent(self, tracking_uri: str) -> Sent | None:
         """What a database or server has of this run; None for nothing, or nothing that is known."""

@@ -4,11 +4,13 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
-from distmaml import adapter, build, loop, paths
+from distmaml import adapter, build, checkpoint, loop, paths
 from distmaml.config import Config
 from distmaml.episodes import Batch
 from distmaml.tracking.database import Tracking, experiment_id, open_tracking
@@ -38,8 +40,8 @@ def registered(tracking: Tracking, config: Config, name: str, **shapes: object) 
     run = client.create_run(experiment_id(tracking, client, "e"))
     model = paths.model(paths.run_folder(config))
     versions = [register(tracking, run.info.run_id, model, name=name, **shapes) for _ in range(2)]  # type: ignore[arg-type]
-    assert versions == ["1", "2"]
-    assert str(client.get_model_version_by_alias(name, "champion").version) == "2"
+    assert versions == ["1", "1"]
+    assert str(client.get_model_version_by_alias(name, "champion").version) == "1"
     return f"models:/{name}@champion", model
 
 
@@ -52,6 +54,28 @@ def ask(tracking: Tracking, uri: str, asked: dict[str, tuple[object, str]], fold
     )  # fmt: skip
     assert found.returncode == 0, found.stderr
     return [np.asarray(values) for values in json.loads(found.stdout)]
+
+
+def test_another_model_is_another_version_and_the_first_stays_what_it_was(tracking: Tracking, output_dir: Path) -> None:
+    config = waves(output_dir, "waves", num_outer_steps=5)
+    _, file = registered(tracking, config, "waves", input_shape=(1,), labels=False, num_outputs=1)
+    other = output_dir / "other.safetensors"
+    tensors, document = checkpoint.load(file)
+    checkpoint.save(other, {name: 2 * tensor for name, tensor in tensors.items()}, document)
+    client = tracking.client()
+    run_id = client.get_model_version("waves", "1").run_id
+    shapes: dict[str, Any] = {"name": "waves", "input_shape": (1,), "labels": False, "num_outputs": 1}
+    assert [register(tracking, run_id, model, **shapes) for model in (other, file)] == ["2", "1"]
+    assert str(client.get_model_version_by_alias("waves", "champion").version) == "2"
+    asked: dict[str, tuple[object, str]] = {
+        "support_inputs": ([[0.0], [1.0]], "float32"),
+        "support_targets": ([[0.0], [1.0]], "float32"),
+        "query_inputs": ([[0.5]], "float32"),
+    }
+    first, _ = ask(tracking, "models:/waves/1", asked, output_dir)
+    support = Batch(torch.tensor([[0.0], [1.0]]), torch.tensor([[0.0], [1.0]]))
+    expected = adapter.load(file).adapt(support).predict(torch.tensor([[0.5]]))
+    np.testing.assert_allclose(first, expected.numpy(), atol=1e-6)
 
 
 def test_a_classifier_adapts_and_predicts_as_it_does_without_mlflow(tracking: Tracking, output_dir: Path) -> None:
