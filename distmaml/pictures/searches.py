@@ -130,6 +130,8 @@ def budget(path: Path, steps: Sequence[int], *, most: int, rungs: Sequence[int],
     axes.set_xticks([])
     if len(rungs):
         axes.set_yscale("log")
+        axes.set_yticks([*rungs, most], labels=[str(step) for step in (*rungs, most)])
+        axes.minorticks_off()
         add_legend(axes)
     save(figure, path)
 
