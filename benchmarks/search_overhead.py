@@ -2,10 +2,10 @@
 
     python -m benchmarks.search_overhead NAME --output-dir DIR
 
-Read off the search's own record in MLflow. The training time of a trial is that of its outer steps and validations; what
-comes after a validation, its checkpoint and the report to a driver that may be busy, counts as the search's. The wall time
-is that from the start of the first trial's process to the end of the last trial; beside it stands that from the start of
-the search, with Ray's own. Search with ``--log-every 1``, so that there is a point for each step.
+Read off the search's own record in MLflow. The training time of a trial is that of its outer steps and validations;
+what comes after a validation, its checkpoint and the report to a driver that may be busy, counts as the search's. The
+wall time is that from the start of the first trial's process to the end of the last trial; beside it stands that from
+the start of the search, with Ray's own. Search with ``--log-every 1``, so that there is a point for each step.
 """
 
 import json
