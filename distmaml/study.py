@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from distmaml import build, experiment, findings, launch, loop, paths, preflight, report, space, workers
 from distmaml.config import Config, as_recipe, changes, override, to_json
@@ -70,7 +70,7 @@ def tune(config: Config, options: Search) -> Study:
 def _tune(config: Config, options: Search, interrupt: Interrupt) -> Study:
     config = _common(workers.checked(config))
     name, output = config.run.name or "", paths.output_dir(config.run.output_dir)
-    folder = paths.searches(output) / name
+    folder = _folder(config)
     options = replace(options, space=options.space or default_space(config, rates_only=options.scheduler == "pbt"))
     chosen = space.parse(config, options.space)
     space.check_search(config, options, chosen)
@@ -99,52 +99,59 @@ def _tune(config: Config, options: Search, interrupt: Interrupt) -> Study:
         compare = experiment.how_to_compare(tracking, output, view)
         say("The trials in MLflow: " + ", then ".join(compare))
         trials = Trials(config, options, proposer, journal, tracking, run.run_id, interrupt)
-        with _told_how_to_go_on(name), workers.cluster(config, launch.worker_environment()) as resources:
+        with workers.cluster(config, launch.worker_environment()) as resources:
             concurrent = _room(config, options, resources)
             say(
                 f"{workers.count(proposer.num_trials, 'trial')}, {concurrent} at a time on "
                 f"{workers.described(resources)}; the search lies in {folder}"
             )
-            halving = _halving(config, options, journal)
-            try:
-                if halving is not None:
-                    evaluation = config.evaluation
-                    trials.settle(pruned(halving, evaluation.selection_metric, mode))
-                else:
-                    trials.settle(frozenset())
-                for stage in space.stages(options, config):
-                    trials.plan(stage)
-                    if trials.num_left:
-                        _search(config, halving, trials, resources, concurrent, until=stage)
-                    if stage < config.outer.num_outer_steps:
-                        trials.move(chosen, stage)
-            except BaseException:
-                trials.interrupted()
-                raise
+            with _told_how_to_go_on(name):
+                _run_all(config, options, chosen, trials, resources, concurrent)
             best = _best(config, journal)
             winner = of_trial(config, Trial(best.number, best.best_values(mode)))
-            tested = _test(winner, resources)
-        value = best.best(mode)
-        assert value is not None
-        # A search that goes on later has done more steps, and what it finds then is the newest.
-        steps = sum(trial.step for trial in journal.trials.values())
-        run.add_metrics(steps, {f"best/{config.evaluation.selected_quantity}": value})
-        run.add_tags({"distmaml.best_trial": winner.run.name or ""})
-        write_text(paths.champion(folder), json.dumps(as_recipe(_at_full_length(winner)), indent=2) + "\n")
-        for file in (paths.search_file(folder), paths.champion(folder)):
-            run.add_artifact(file, None)
-        if tested is not None:
-            run.add_metrics(steps, report.metrics_of(tested.scores))
-            for file in report.write_evaluation(winner, folder, tested):
-                run.add_artifact(file, "evaluation")
-        for picture in _draw(config, options, chosen, journal, folder):
-            run.add_artifact(picture, "pictures")
+            with _told_how_to_go_on(name):
+                tested = _test(winner, resources)
+        _record(config, options, chosen, journal, run, best=best, winner=winner, tested=tested)
         registered = experiment.register(winner, paths.model(paths.run_folder(winner)), run, tracking)
         experiment.send_left_over(
             [paths.run_folder(of_trial(config, Trial(n, t.values))) for n, t in journal.trials.items()], tracking
         )
     scores = None if tested is None else tested.scores
     return Study(name, folder, list(journal.trials.values()), best, winner, scores, registered, compare)
+
+
+def _record(
+    config: Config,
+    options: Search,
+    chosen: space.Space,
+    journal: Journal,
+    run: Any,
+    *,
+    best: History,
+    winner: Config,
+    tested: Evaluated | None,
+) -> None:
+    """Leaves what the search came to in its folder and in its MLflow run."""
+    folder = _folder(config)
+    value = best.best(config.evaluation.selection_mode)
+    assert value is not None
+    # A search that goes on later has done more steps, and what it finds then is the newest.
+    steps = sum(trial.step for trial in journal.trials.values())
+    run.add_metrics(steps, {f"best/{config.evaluation.selected_quantity}": value})
+    run.add_tags({"distmaml.best_trial": winner.run.name or ""})
+    write_text(paths.champion(folder), json.dumps(as_recipe(_at_full_length(winner)), indent=2) + "\n")
+    for file in (paths.search_file(folder), paths.champion(folder)):
+        run.add_artifact(file, None)
+    if tested is not None:
+        run.add_metrics(steps, report.metrics_of(tested.scores))
+        for file in report.write_evaluation(winner, folder, tested):
+            run.add_artifact(file, "evaluation")
+    for picture in _draw(config, options, chosen, journal, folder):
+        run.add_artifact(picture, "pictures")
+
+
+def _folder(config: Config) -> Path:
+    return paths.searches(paths.output_dir(config.run.output_dir)) / (config.run.name or "")
 
 
 @contextmanager
@@ -182,11 +189,32 @@ def _at_full_length(config: Config) -> Config:
     return override(config, {"num_outer_steps": max(usual, config.outer.num_outer_steps)})
 
 
-def _halving(config: Config, options: Search, journal: Journal) -> Halving | None:
-    if options.scheduler != "asha":
-        return None
-    first, steps = space.first_rung(options, config), config.outer.num_outer_steps
-    return Halving(first, steps, options.reduction_factor, replay=tuple(journal.results))
+def _run_all(
+    config: Config,
+    options: Search,
+    chosen: space.Space,
+    trials: Trials,
+    resources: Mapping[str, float],
+    concurrent: int,
+) -> None:
+    """Brings all trials to their ends."""
+    evaluation, steps = config.evaluation, config.outer.num_outer_steps
+    halving, ended = None, frozenset[int]()
+    if options.scheduler == "asha":
+        first, earlier = space.first_rung(options, config), tuple(trials.journal.results)
+        halving = Halving(first, steps, options.reduction_factor, replay=earlier)
+        ended = pruned(halving, evaluation.selection_metric, evaluation.selection_mode)
+    try:
+        trials.settle(ended)
+        for stage in space.stages(options, config):
+            trials.plan(stage)
+            if trials.num_left:
+                _search(config, halving, trials, resources, concurrent, until=stage)
+            if stage < steps:
+                trials.move(chosen, stage)
+    except BaseException:
+        trials.interrupted()
+        raise
 
 
 def _search(

@@ -254,8 +254,7 @@ def test_a_trial_that_ended_when_its_driver_died_is_told_so(output_dir: Path, mo
             study.tune(config, options)
     study.tune(override(config, {"resume": True}), options)
     assert {run.info.status for run in mlflow_runs(output_dir)} == {"FINISHED"}
-    lines = paths.journal(paths.searches(output_dir) / "s").read_text().splitlines()
-    assert sum('"started", "trial": 0' in line for line in lines) == 1  # not run again
+    assert num_starts(paths.journal(paths.searches(output_dir) / "s"), 0) == 1  # not run again
 
 
 @pytest.mark.usefixtures("serially")
@@ -278,6 +277,21 @@ def test_a_lost_trial_is_tried_again_by_a_resumption_and_a_failed_one_is_not(
     assert [t.state for t in journal(output_dir).trials.values()] == ["finished", "finished", "failed"]
     states = {run.info.run_name: run.info.status for run in mlflow_runs(output_dir)}
     assert states == {"s": "FINISHED", "s-000": "FINISHED", "s-001": "FINISHED", "s-002": "FAILED"}
+
+
+@pytest.mark.usefixtures("serially")
+def test_a_search_that_learns_from_its_trials_goes_on_with_what_it_has_learnt(
+    output_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config, options = search(output_dir), Search(space=SPACE, num_samples=3, searcher="tpe", scheduler="none")
+    interrupted(config, options, monkeypatch, num_reports=6)
+    before = journal(output_dir)
+    study.tune(override(config, {"resume": True}), options)
+    after = journal(output_dir)
+    assert [trial.state for trial in after.trials.values()] == ["finished"] * 3
+    assert after.trials[0].results == before.trials[0].results
+    assert [trial.values for trial in after.trials.values()][:2] == [trial.values for trial in before.trials.values()]
+    assert num_starts(paths.journal(paths.searches(output_dir) / "s"), 0) == 1
 
 
 # -------------------------------------------------------------------------------- population-based training
@@ -411,6 +425,12 @@ def journal(folder: Path) -> Journal:
     return Journal(paths.journal(paths.searches(folder) / "s"))
 
 
+def num_starts(file: Path, number: int) -> int:
+    """How often a driver started a trial."""
+    lines = [json.loads(line) for line in file.read_text().splitlines()]
+    return sum(line["kind"] == "started" and line["trial"] == number for line in lines)
+
+
 @pytest.mark.ray
 def test_a_search_is_a_run_with_its_trials_below_it(undisturbed: tuple[Path, Job]) -> None:
     folder, job = undisturbed
@@ -450,7 +470,7 @@ def test_no_trial_sees_the_test_split_and_the_best_is_tested_once(undisturbed: t
 
 
 @pytest.mark.ray
-def test_a_search_whose_driver_is_killed_goes_on_to_the_same_end(
+def test_a_search_whose_trial_is_killed_and_then_its_driver_goes_on_to_the_same_end(
     undisturbed: tuple[Path, Job], start_job: StartJob, tmp_path: Path
 ) -> None:
     reference, _ = undisturbed
@@ -458,11 +478,17 @@ def test_a_search_whose_driver_is_killed_goes_on_to_the_same_end(
         "tune", "sinusoid-maml-5s", *OPTIONS, "--scheduler", "none", "--output-dir", str(tmp_path), folder=tmp_path
     )
     file = paths.journal(paths.searches(tmp_path) / "s")
-    job.wait_for(lambda: file.exists() and b'"ended"' in file.read_bytes())
+    job.wait_for(lambda: file.exists() and b'"reported"' in file.read_bytes())
+    killed = [process for process in job.ray_processes() if "ImplicitFunc" in " ".join(process.cmdline())]
+    assert 1 <= len(killed) <= 2
+    for process in killed:
+        process.kill()
+    job.wait_for(lambda: b'"ended"' in file.read_bytes())
     job.signal(signal.SIGKILL)
     job.end()
     before = journal(tmp_path)
     assert 1 <= len(before.ended) < 5
+    assert {before.trials[number].state for number in before.ended} == {"finished"}
     finished(start_job, tmp_path, "--resume", "s")
     after, expected = journal(tmp_path), journal(reference)
     for number in range(5):
@@ -470,9 +496,7 @@ def test_a_search_whose_driver_is_killed_goes_on_to_the_same_end(
         assert after.trials[number].values == expected.trials[number].values
         found, wanted = best_params(tmp_path, number), best_params(reference, number)
         assert all(torch.equal(found[name], wanted[name]) for name in wanted)
-    lines = [json.loads(line) for line in file.read_text().splitlines()]
-    for number in before.ended:  # not run again
-        assert sum(line["kind"] == "started" and line["trial"] == number for line in lines) == 1
+    assert all(num_starts(file, number) == 1 for number in before.ended)  # not run again
     runs = mlflow_runs(tmp_path)
     assert sorted(run.info.run_name for run in runs) == ["s", *(f"s-{n:03d}" for n in range(5))]
     assert {run.info.status for run in runs} == {"FINISHED"}
@@ -506,10 +530,22 @@ def test_a_population_whose_driver_is_killed_comes_to_the_end_of_one_that_was_tr
 
 
 @pytest.mark.ray
-def test_halving_prunes_and_a_trial_that_diverges_fails_alone(start_job: StartJob, tmp_path: Path) -> None:
+def test_halving_prunes_and_a_trial_that_diverges_fails_alone_whatever_becomes_of_the_driver(
+    start_job: StartJob, tmp_path: Path
+) -> None:
     rates = ("--space", "outer_lr=choice:0.01,1e30", "--searcher", "grid", "--space", "inner_lr=log:0.001:0.1:3")
-    job = finished(start_job, tmp_path, "sinusoid-maml-5s", *OPTIONS[:2], *rates, *OPTIONS[10:], "--first-rung", "20")
+    options = [*OPTIONS[:2], *rates, *OPTIONS[10:], "--first-rung", "20", "--output-dir", str(tmp_path)]
+    killed = start_job("tune", "sinusoid-maml-5s", *options, folder=tmp_path)
+    file = paths.journal(paths.searches(tmp_path) / "s")
+    killed.wait_for(lambda: file.exists() and b'"pruned"' in file.read_bytes())
+    killed.signal(signal.SIGKILL)
+    killed.end()
+    before = journal(tmp_path)
+    job = finished(start_job, tmp_path, "--resume", "s")
     trials = journal(tmp_path).trials
+    assert all(num_starts(file, number) == 1 for number in before.ended)
+    assert all(trials[number].values == trial.values for number, trial in before.trials.items())
+    assert sorted(trials) == list(range(6))
     diverged = [trial for trial in trials.values() if trial.values["outer_lr"] == 1e30]
     assert [trial.state for trial in diverged] == ["failed"] * 3
     assert all("no longer finite" in (trial.reason or "") for trial in diverged)
@@ -522,7 +558,7 @@ def test_halving_prunes_and_a_trial_that_diverges_fails_alone(start_job: StartJo
         assert run.info.status == ("FAILED" if trial.state == "failed" else "FINISHED")
         if trial.state == "pruned":
             assert run.data.tags["distmaml.pruned_at"] == str(trial.step)
-    assert "Traceback" not in job.output
+    assert "Traceback" not in killed.output + job.output
 
 
 @pytest.mark.ray
@@ -541,12 +577,18 @@ def test_ctrl_c_ends_a_search_in_order(start_job: StartJob, tmp_path: Path) -> N
 
 
 @pytest.mark.ray
-def test_trials_of_two_workers_give_what_trials_of_one_give(
+def test_a_trial_of_two_workers_one_of_which_is_killed_gives_what_a_trial_of_one_gives(
     undisturbed: tuple[Path, Job], start_job: StartJob, tmp_path: Path
 ) -> None:
     reference, _ = undisturbed
     one = [word if word != "5" else "1" for word in OPTIONS]
-    finished(start_job, tmp_path, "sinusoid-maml-5s", *one, "--scheduler", "none", "--num-workers", "2")
+    options = [*one, "--scheduler", "none", "--num-workers", "2", "--output-dir", str(tmp_path)]
+    job = start_job("tune", "sinusoid-maml-5s", *options, folder=tmp_path)
+    file = paths.journal(paths.searches(tmp_path) / "s")
+    job.wait_for(lambda: file.exists() and b'"step": 60' in file.read_bytes())
+    job.workers()[-1].kill()
+    assert job.wait(seconds=600) == 0, job.output
     found = journal(tmp_path).trials[0]
     assert found.state == "finished"
     assert found.results == journal(reference).trials[0].results  # sums are ordered
+    assert len(mlflow_runs(tmp_path)) == 2
