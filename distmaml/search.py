@@ -257,6 +257,7 @@ def pruned(halving: Halving, metric: str, mode: Literal["max", "min"]) -> frozen
 
 def _stopper(until: int | None, told: Any) -> Any:
     from ray.tune import Stopper
+    from ray.tune.stopper import NoopStopper
 
     class Stop(Stopper):  # type: ignore[misc, unused-ignore]
         """Ends trials that have come far enough, and all once the listener has failed."""
@@ -266,6 +267,9 @@ def _stopper(until: int | None, told: Any) -> Any:
 
         def stop_all(self) -> bool:
             return told.error is not None
+
+        def __reduce__(self) -> Any:
+            return NoopStopper, ()  # into Tune's snapshot, from which nothing is restored
 
     return Stop()
 

@@ -1,6 +1,7 @@
 """What distmaml adds to Ray Tune: decisions that a restart repeats, and errors that come from where they happened."""
 
 import math
+import pickle
 import random
 from types import SimpleNamespace
 from typing import Any, Literal
@@ -142,6 +143,7 @@ def test_a_trial_that_has_come_far_enough_is_stopped() -> None:
     stop = search._stopper(20, told(Heard()))
     assert [stop("a", {search.TIME: step}) for step in (10, 20, 30)] == [False, True, True]
     assert not stop("a", {search._REASON: "it diverged"})
+    pickle.dumps(stop)  # Tune does so, and complains at length where it cannot
 
 
 @pytest.mark.parametrize(
