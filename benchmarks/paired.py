@@ -48,6 +48,7 @@ def main(
     result: Annotated[Path | None, tyro.conf.arg(help="JSON file for the result")] = None,
 ) -> None:
     """Measure and print."""
+    torch.set_num_threads(1)  # of the engine's small tensors two threads are slower than one
     folders = [paths.runs(paths.output_dir(output_dir)) / name for name in runs]
     documents = [checkpoint.load(paths.model(folder))[1] for folder in folders]
     if documents[0]["dataset"] != documents[1]["dataset"]:

@@ -4,7 +4,7 @@ import argparse
 import os
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -43,14 +43,17 @@ def parse_recipe(arguments: Sequence[str], *, prog: str, description: str | None
 
 def parse_search(arguments: Sequence[str], *, prog: str, description: str | None) -> tuple[Config, Search]:
     """Like `parse_recipe`, with the options of a search among the others; or ``--resume NAME [options]``."""
+    space: tuple[str, ...] = ()
     if arguments and arguments[0] == "--resume":
         default, options = _interrupted(arguments), arguments[2:]
+        # What is given takes the place of what was, and is not added to it.
+        space, default = default.search.space, replace(default, search=replace(default.search, space=()))
     else:
         config, options = _named(arguments, prog=prog, description=description, also=("--resume NAME [options]",))
         default = _Tuning(Search(), config)
     recipe = default.config.recipe
     parsed: _Tuning = _parse(_Tuning, default, options, f"{prog} {recipe}", recipe)
-    return parsed.config, parsed.search
+    return parsed.config, replace(parsed.search, space=parsed.search.space or space)
 
 
 def _interrupted(arguments: Sequence[str]) -> _Tuning:

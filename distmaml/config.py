@@ -359,12 +359,12 @@ def from_json(values: Mapping[str, Any]) -> Config:
     Raises:
       ConfigError: a field that does not exist, or a value of the wrong type.
     """
-    config = override(Config(), {name: values[name] for name in OPTIONS if name in values})
+    config = override(Config(), {name: typed(name, values[name], str) for name in OPTIONS if name in values})
     hints = _hints(config)
     for name in values:
         if name not in hints:
             raise ConfigError(unknown("option", name, hints))
-    return override(config, {name: _typed(name, value, hints[name]) for name, value in values.items()})
+    return override(config, {name: typed(name, value, hints[name]) for name, value in values.items()})
 
 
 def parse_field(config: Config, name: str, text: str) -> Any:
@@ -380,7 +380,7 @@ def parse_field(config: Config, name: str, text: str) -> Any:
         value = None if text == "none" else json.loads(text)
     except ValueError:
         value = text
-    return _typed(name, text if hints[name] is str else value, hints[name])
+    return typed(name, text if hints[name] is str else value, hints[name])
 
 
 def _hints(config: Any) -> dict[str, Any]:
@@ -391,26 +391,45 @@ def _hints(config: Any) -> dict[str, Any]:
     return hints
 
 
-def _typed(name: str, value: Any, hint: Any) -> Any:
-    """The JSON value as the annotated type, or a ConfigError."""
-    options = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
-    for option in options:
-        origin = typing.get_origin(option)
+def typed(name: str, value: Any, hint: Any) -> Any:
+    """The JSON value of a field as the annotated type.
+
+    Raises:
+      ConfigError: it is of another type.
+    """
+    for option in typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,):
+        origin, inner = typing.get_origin(option), typing.get_args(option)
         if option is type(None) and value is None:
             return None
         if option is Path and isinstance(value, str):
             return Path(value)
-        if option is float and isinstance(value, int | float) and not isinstance(value, bool):
+        is_int = type(value) is int and abs(value) < 2**63
+        if option is float and (is_int or type(value) is float):
             return float(value)
-        if option in (int, str, bool) and type(value) is option:
+        if (option is int and is_int) or (option in (str, bool) and type(value) is option):
             return value
-        if origin is Literal and value in typing.get_args(option):
+        if origin is Literal and isinstance(value, str) and value in inner:
             return value
         if origin is tuple and isinstance(value, list | tuple):
-            return tuple(value)
+            return tuple(typed(name, element, inner[0]) for element in value)
         if origin is dict and isinstance(value, dict):
-            return dict(value)
-    raise ConfigError(f"{name}={value!r} is not of the type {hint}.")
+            return {key: typed(name, element, inner[1]) for key, element in value.items()}
+    raise ConfigError(f"{name}={repr(value)[:60]} must be {_in_words(hint)}.")
+
+
+def _in_words(hint: Any) -> str:
+    """A type as people call it."""
+    if isinstance(hint, types.UnionType):
+        return " or ".join(_in_words(option) for option in typing.get_args(hint))
+    origin, inner = typing.get_origin(hint), typing.get_args(hint)
+    if origin is Literal:
+        return "one of " + ", ".join(map(str, inner))
+    if origin is tuple:
+        return f"a list, each {_in_words(inner[0])}"
+    if origin is dict:
+        return "a table of names and values"
+    words = {int: "a whole number", float: "a number", str: "a text", bool: "true or false", Path: "a path"}
+    return words.get(hint, "none")
 
 
 MAY_CHANGE = {
@@ -436,7 +455,7 @@ def read(file: Path) -> Config:
     """
     try:
         values = json.loads(file.read_text())
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ConfigError(f"{file} cannot be read ({error}). Take another one.") from error
     if not isinstance(values, dict):
         raise ConfigError(f"{file} is damaged: it holds no configuration. Take another one.")

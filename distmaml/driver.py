@@ -62,6 +62,8 @@ def _train(config: Config, interrupt: Interrupt) -> Outcome:
         preflight.check_new(config, folder)
     preflight.rehearse(config)
     tracking = experiment.open_tracking(config, resuming=folder if config.run.resume else None)
+    if not tracking.reachable:
+        say("The run goes on without it: its points are kept in its folder, and sent when the server is back.")
     if not config.run.resume and preflight.remove_false_start(folder):
         say(f"An earlier {name} ended before its first checkpoint; it starts anew.")
     with experiment.tracked(config, folder, tracking, interrupt) as run:

@@ -87,12 +87,12 @@ class Journal:
         for number, line in enumerate(whole, start=1):
             try:
                 self._take(json.loads(line))
-            except (ValueError, KeyError, TypeError) as error:
+            except (ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
                 raise RunError(
                     f"line {number} of {file} is damaged ({error!r}). Remove the lines from there on to go on from "
                     "what is before it, or search under another name."
                 ) from error
-        self._drop_torn_line(sum(len(line) for line in whole))
+        self._length: int | None = sum(len(line) for line in whole)  # without a torn line, which the first write drops
 
     def started(self, number: int, values: Mapping[str, Any]) -> None:
         """A trial begins, or goes on after an interruption."""
@@ -112,6 +112,9 @@ class Journal:
 
     def _write(self, entry: dict[str, Any]) -> None:
         self._file.parent.mkdir(parents=True, exist_ok=True)
+        if self._length is not None and self._file.exists() and self._file.stat().st_size > self._length:
+            os.truncate(self._file, self._length)
+        self._length = None
         line = (json.dumps(entry) + "\n").encode()
         descriptor = os.open(self._file, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
         try:
@@ -149,7 +152,7 @@ class Journal:
             return [line for line in self._file.read_bytes().splitlines(keepends=True) if line.endswith(b"\n")]
         except FileNotFoundError:
             return []
-
-    def _drop_torn_line(self, length: int) -> None:
-        if self._file.exists() and self._file.stat().st_size > length:
-            os.truncate(self._file, length)
+        except OSError as error:
+            raise RunError(
+                f"{self._file} cannot be read ({error}). Bring it back, or search under another name."
+            ) from None

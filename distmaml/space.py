@@ -16,6 +16,7 @@ import itertools
 import json
 import math
 import random
+import typing
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -23,12 +24,16 @@ from typing import Annotated, Any, Literal, TypeAlias, get_args
 
 from tyro.conf import UseAppendAction
 
-from distmaml.config import OPTIONS, Config, flatten, from_json, override, parse_field, to_json
+from distmaml.config import OPTIONS, Config, flatten, from_json, override, parse_field, to_json, typed
 from distmaml.errors import ConfigError, unknown
 from distmaml.limits import check
 
 Kind = Literal["uniform", "log", "int", "choice"]
 SCHEDULERS = ("none", "asha", "pbt")
+MOST = 1_000_000
+"""Trials of a search, and what else is counted of one."""
+LONGEST_NAME = 93
+"""Letters of a search's name: those of its trials have seven more, and a run's 100 at most."""
 
 
 @dataclass(frozen=True)
@@ -68,22 +73,35 @@ class Domain:
         """A value of the range to four digits: a command line should be readable."""
         return min(max(float(f"{value:.4g}"), self.low), self.high)
 
+    def grid_size(self, field: str) -> int:
+        """How many values a grid takes.
+
+        Raises:
+          ConfigError: a range of which nobody says how many points to take.
+        """
+        if self.kind == "choice":
+            return len(self.values)
+        if self.kind == "int":
+            return int(self.high) - int(self.low) + 1
+        if self.num_points is None:
+            raise ConfigError(
+                f"a grid needs a number of points for {field}: --space {field}={self}:5, or --space "
+                f"{field}=choice:{self.at(0):g},{self.at(1):g}."
+            )
+        return self.num_points
+
     def grid(self, field: str) -> list[Any]:
         """The values that a grid takes.
 
         Raises:
           ConfigError: a range of which nobody says how many points to take.
         """
+        size = self.grid_size(field)
         if self.kind == "choice":
             return list(self.values)
         if self.kind == "int":
             return list(range(int(self.low), int(self.high) + 1))
-        if self.num_points is None:
-            raise ConfigError(
-                f"a grid needs a number of points for {field}: --space {field}={self}:5, or --space "
-                f"{field}=choice:{self.at(0):g},{self.at(1):g}."
-            )
-        return [self.at(i / max(self.num_points - 1, 1)) for i in range(self.num_points)]
+        return [self.at(i / max(size - 1, 1)) for i in range(size)]
 
 
 Space: TypeAlias = dict[str, Domain]
@@ -129,10 +147,12 @@ def read(file: Path) -> tuple[Config, Search]:
     Raises:
       ConfigError: a missing or damaged file, or one of another version.
     """
+    hints = typing.get_type_hints(Search)
     try:
         record = json.loads(file.read_text())
-        return from_json(record["config"]), Search(**{**record["search"], "space": tuple(record["search"]["space"])})
-    except (OSError, ValueError, KeyError, TypeError, ConfigError) as error:
+        fields = {key: typed(key, value, hints[key]) for key, value in record["search"].items()}
+        return from_json(record["config"]), Search(**fields)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError, ConfigError) as error:
         raise ConfigError(f"{file} is damaged, or of another version of distmaml ({error}). Search anew.") from error
 
 
@@ -163,14 +183,27 @@ def check_search(config: Config, search: Search, space: Space) -> None:
         raise ConfigError(unknown("scheduler", search.scheduler, SCHEDULERS))
     for name, least in (("num_samples", 1), ("reduction_factor", 2), ("first_rung", 1), ("max_concurrent", 1)):
         value = getattr(search, name)
-        if value is not None and value < least:
-            raise ConfigError(f"{name}={value} must be {least} or more.")
-    if not config.evaluation.val_every:
+        if value is not None and not least <= value <= MOST:
+            raise ConfigError(f"{name}={value} must be {least} or more, and {MOST} or less.")
+    if len(config.run.name or "") > LONGEST_NAME:
+        raise ConfigError(f"name={config.run.name!r} is longer than {LONGEST_NAME} letters; its trials add to it.")
+    for name, scheduler in (("first_rung", "asha"), ("move_every", "pbt")):
+        if getattr(search, name) is not None and search.scheduler != scheduler:
+            raise ConfigError(
+                f"{name}={getattr(search, name)} belongs to --scheduler {scheduler}, and this search has "
+                f"{search.scheduler}. Leave it out."
+            )
+    every = config.evaluation.val_every
+    if not every:
         raise ConfigError("val_every=0 asks for no validation, and a search judges its trials by theirs.")
     if search.first_rung is not None and search.first_rung > config.outer.num_outer_steps:
         raise ConfigError(
             f"first_rung={search.first_rung} lies behind the end of a trial, at num_outer_steps="
             f"{config.outer.num_outer_steps}."
+        )
+    if search.first_rung is not None and search.first_rung % every:
+        raise ConfigError(
+            f"first_rung={search.first_rung} must be a multiple of val_every={every}: trials are judged by validations."
         )
     if search.scheduler == "pbt":
         _check_population(config, search, space)
@@ -196,7 +229,7 @@ def _check_population(config: Config, search: Search, space: Space) -> None:
     if stages(search, config) == [steps]:
         raise ConfigError(
             f"num_outer_steps={steps} leaves pbt nothing to do: the first copying would come after "
-            f"{search.move_every or every} steps. Validate more often: --val-every."
+            f"{search.move_every or every} steps. Lower --move-every or --val-every."
         )
     for field, domain in space.items():
         if domain.kind not in ("uniform", "log"):
@@ -268,8 +301,11 @@ def grid(space: Space) -> list[dict[str, Any]]:
     """All combinations; the last field changes fastest.
 
     Raises:
-      ConfigError: a range without a number of points.
+      ConfigError: a range without a number of points, or more combinations than a search may have.
     """
+    sizes = [domain.grid_size(field) for field, domain in space.items()]
+    if math.prod(sizes) > MOST:
+        raise ConfigError(f"the grid has {math.prod(sizes)} points, and a search may have {MOST} trials. Take fewer.")
     columns = [domain.grid(field) for field, domain in space.items()]
     return [dict(zip(space, row, strict=True)) for row in itertools.product(*columns)]
 

@@ -300,6 +300,7 @@ def _check_folder(config: Config, options: Search, folder: Path) -> None:
                 f"runs in {runs} have the names of its trials: {', '.join(taken[:3])}. Choose another --name."
             )
         return
+    Journal(paths.journal(folder))  # which tells of damage before anything is written
     before, searched = settings_of(config.run.name or "", config.run.output_dir)
     # A population of another size would have taken other decisions.
     may_change = ("max_concurrent",) if options.scheduler == "pbt" else ("max_concurrent", "num_samples")

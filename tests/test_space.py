@@ -1,7 +1,9 @@
 """Search spaces: what they hold, what they draw, and what they refuse."""
 
+import json
 import math
 from collections import Counter
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -9,7 +11,7 @@ import pytest
 from distmaml.config import Config, override
 from distmaml.errors import ConfigError
 from distmaml.recipes import glyphs_maml_5w1s
-from distmaml.space import Search, check_search, check_space, grid, parse, sample, stages
+from distmaml.space import Search, check_search, check_space, grid, parse, read, sample, stages, to_text
 
 CONFIG = glyphs_maml_5w1s()
 RATES = ["inner_lr=log:0.001:1", "outer_lr=log:0.0001:0.01"]
@@ -163,3 +165,53 @@ def test_a_population_meets_at_validations_about_an_eighth_apart() -> None:
     assert stages(Search(scheduler="asha"), config) == [1000]
     assert stages(Search(scheduler="pbt"), config) == [130, 260, 390, 520, 650, 780, 910, 1000]
     assert stages(Search(scheduler="pbt", move_every=500), config) == [500, 1000]
+
+
+@pytest.mark.parametrize(
+    ("options", "name", "says"),
+    [
+        ({"move_every": 10}, "s", "move_every=10 belongs to --scheduler pbt"),
+        ({"scheduler": "none", "first_rung": 10}, "s", "first_rung=10 belongs to --scheduler asha"),
+        ({"first_rung": 15}, "s", "first_rung=15 must be a multiple of val_every=10"),
+        ({"num_samples": 10**9}, "s", "num_samples=1000000000"),
+        ({"scheduler": "ahsa"}, "s", "did you mean 'asha'"),
+        ({}, 94 * "s", "longer than 93"),
+    ],
+)
+def test_what_no_search_can_do_is_refused(options: dict[str, Any], name: str, says: str) -> None:
+    config = override(CONFIG, {"num_outer_steps": 100, "val_every": 10, "name": name})
+    with pytest.raises(ConfigError) as refused:
+        check_search(config, Search(**options), parse(config, RATES))
+    assert says in str(refused.value)
+
+
+def test_a_grid_that_no_memory_could_hold_is_refused_before_it_is_made() -> None:
+    space = parse(CONFIG, ["inner_lr=log:0.001:1:100000", "outer_lr=log:0.0001:0.01:100000"])
+    with pytest.raises(ConfigError, match="10000000000 points"):
+        grid(space)
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        {"num_samples": 4.5},
+        {"search_seed": "x"},
+        {"space": [5]},
+        {"space": 5},
+        {"scheduler": None},
+        {"searcher": "foo"},
+        {"unheard": 1},
+    ],
+)
+def test_the_file_of_a_search_that_somebody_has_changed_is_refused(tmp_path: Path, damage: dict[str, Any]) -> None:
+    file = tmp_path / "search.json"
+    file.write_text(to_text(CONFIG, Search(space=tuple(RATES), num_samples=4)))
+    assert read(file) == (CONFIG, Search(space=tuple(RATES), num_samples=4))
+    record = json.loads(file.read_text())
+    record["search"].update(damage)
+    file.write_text(json.dumps(record))
+    with pytest.raises(ConfigError, match=r"search\.json is damaged"):
+        read(file)
+    file.write_text("[" * 100_000)
+    with pytest.raises(ConfigError, match=r"search\.json is damaged"):
+        read(file)

@@ -197,12 +197,7 @@ def _not_mlflow(uri: str, reason: str) -> str:
 
 
 def _warn_unreachable(uri: str, reason: str) -> None:
-    log.warning(
-        "The MLflow server at %s cannot be reached (%s). The run goes on; its points are kept in its folder and sent "
-        "when the server is back.",
-        uri,
-        reason,
-    )
+    log.warning("The MLflow server at %s cannot be reached (%s).", uri, reason)
 
 
 # -------------------------------------------------------------------------------------------- experiment
