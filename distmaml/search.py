@@ -165,6 +165,7 @@ def _run_one(function: Callable[[Trial, Report], None], trial: Trial) -> None:
     from ray import tune
 
     sys.unraisablehook = _without_exits
+    log.setLevel(logging.ERROR)  # what is to be said of all trials, the process that called `search` says
     try:
         function(trial, lambda metrics: tune.report(dict(metrics)))
     except _MAY_PASS:

@@ -4,7 +4,6 @@ A trial is an ordinary training run, in a folder of its own with checkpoints of 
 its driver is that of the search.
 """
 
-import logging
 from pathlib import Path
 
 import torch
@@ -28,7 +27,6 @@ def run_trial(config: Config, gpus: float, trial: Trial, report: Report) -> None
     Args:
       gpus: of each worker.
     """
-    logging.getLogger("distmaml").setLevel(logging.ERROR)  # what is to be said of all trials, their driver says
     own = of_trial(config, trial)
     for metrics in _measured(paths.run_folder(own), config.evaluation.selection_metric, after=trial.step):
         report(metrics)

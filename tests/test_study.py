@@ -29,9 +29,11 @@ from tests.runs import pictures, run_serially, tiny_store, waves
 from tests.test_driver import artifacts, logged_steps, mlflow_runs
 
 SPACE = ("inner_lr=log:0.01:0.1", "outer_lr=log:0.001:0.03", "num_inner_steps=int:1:3")
+NUM_TRIALS, NUM_STEPS = 3, 200
 OPTIONS = [
-    *("--name", "s", "--space", SPACE[0], "--space", SPACE[1], "--space", SPACE[2], "--num-samples", "5"),
-    *("--num-outer-steps", "300", "--val-every", "20", "--num-val-episodes", "10", "--num-test-episodes", "10"),
+    *("--name", "s", "--space", SPACE[0], "--space", SPACE[1], "--space", SPACE[2], "--num-samples", str(NUM_TRIALS)),
+    *("--num-outer-steps", str(NUM_STEPS), "--val-every", "20"),
+    *("--num-val-episodes", "10", "--num-test-episodes", "10"),
     *("--log-every", "20", "--use-gpu", "no"),
 ]
 
@@ -410,7 +412,7 @@ def test_a_trial_that_diverges_leaves_its_population(output_dir: Path) -> None:
 
 @pytest.fixture(scope="module")
 def undisturbed(prepared: Path, start_job: StartJob, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Job]:
-    """A random search of five, all of them trained to the end."""
+    """A random search, all of whose trials are trained to the end."""
     folder = tmp_path_factory.mktemp("undisturbed")
     return folder, finished(start_job, folder, "sinusoid-maml-5s", *OPTIONS, "--scheduler", "none")
 
@@ -435,20 +437,20 @@ def num_starts(file: Path, number: int) -> int:
 def test_a_search_is_a_run_with_its_trials_below_it(undisturbed: tuple[Path, Job]) -> None:
     folder, job = undisturbed
     runs = {run.info.run_name: run for run in mlflow_runs(folder)}
-    assert runs.keys() == {"s", *(f"s-{n:03d}" for n in range(5))}
+    assert runs.keys() == {"s", *(f"s-{n:03d}" for n in range(NUM_TRIALS))}
     assert {run.info.status for run in runs.values()} == {"FINISHED"}
     parent, children = runs.pop("s"), list(runs.values())
     assert {child.data.tags["mlflow.parentRunId"] for child in children} == {parent.info.run_id}
     assert {child.data.tags["distmaml.trial_state"] for child in children} == {"finished"}
-    assert [runs[f"s-{n:03d}"].data.params["trial"] for n in range(5)] == ["0", "1", "2", "3", "4"]
+    assert [runs[f"s-{n:03d}"].data.params["trial"] for n in range(NUM_TRIALS)] == ["0", "1", "2"]
     assert parent.data.params["space_inner_lr"] == "log:0.01:0.1"
     assert parent.data.params["searcher"] == "random"
     keys = [(set(child.data.params), set(child.data.metrics)) for child in children]
     assert all(found == keys[0] for found in keys)
     assert "log10_inner_lr" in keys[0][0]
-    assert len({child.data.params["inner_lr"] for child in children}) == 5
+    assert len({child.data.params["inner_lr"] for child in children}) == NUM_TRIALS
     for child in children:
-        assert logged_steps(folder, child, "val/query_loss") == list(range(20, 301, 20))
+        assert logged_steps(folder, child, "val/query_loss") == list(range(20, NUM_STEPS + 1, 20))
     best = min(child.data.metrics["best/query_loss"] for child in children)
     assert parent.data.metrics["best/query_loss"] == best
     assert "Traceback" not in job.output
@@ -487,29 +489,29 @@ def test_a_search_whose_trial_is_killed_and_then_its_driver_goes_on_to_the_same_
     job.signal(signal.SIGKILL)
     job.end()
     before = journal(tmp_path)
-    assert 1 <= len(before.ended) < 5
+    assert 1 <= len(before.ended) < NUM_TRIALS
     assert {before.trials[number].state for number in before.ended} == {"finished"}
     finished(start_job, tmp_path, "--resume", "s")
     after, expected = journal(tmp_path), journal(reference)
-    for number in range(5):
+    for number in range(NUM_TRIALS):
         assert after.trials[number].results == expected.trials[number].results
         assert after.trials[number].values == expected.trials[number].values
         found, wanted = best_params(tmp_path, number), best_params(reference, number)
         assert all(torch.equal(found[name], wanted[name]) for name in wanted)
     assert all(num_starts(file, number) == 1 for number in before.ended)  # not run again
     runs = mlflow_runs(tmp_path)
-    assert sorted(run.info.run_name for run in runs) == ["s", *(f"s-{n:03d}" for n in range(5))]
+    assert sorted(run.info.run_name for run in runs) == ["s", *(f"s-{n:03d}" for n in range(NUM_TRIALS))]
     assert {run.info.status for run in runs} == {"FINISHED"}
     for run in runs:
         if run.info.run_name != "s":
-            assert logged_steps(tmp_path, run, "val/query_loss") == list(range(20, 301, 20))
+            assert logged_steps(tmp_path, run, "val/query_loss") == list(range(20, NUM_STEPS + 1, 20))
 
 
 @pytest.mark.ray
 def test_a_population_whose_driver_is_killed_comes_to_the_end_of_one_that_was_trained_here(
     start_job: StartJob, prepared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    options = [*OPTIONS[:6], "--num-samples", "3", *OPTIONS[10:], "--scheduler", "pbt", "--move-every", "160"]
+    options = [*OPTIONS[:6], *OPTIONS[8:], "--scheduler", "pbt", "--move-every", "100"]
     folder, here = tmp_path / "killed", Path(shutil.copytree(prepared, tmp_path / "here"))
     folder.mkdir()
     job = start_job("tune", "sinusoid-maml-5s", *options, "--output-dir", str(folder), folder=folder)
@@ -523,7 +525,7 @@ def test_a_population_whose_driver_is_killed_comes_to_the_end_of_one_that_was_tr
     run_serially(monkeypatch)
     study.tune(override(config, {"output_dir": here, "resume": False}), search_options)
     same_results(folder, here)
-    assert len(journal(folder).moves[160]) == 1
+    assert len(journal(folder).moves[100]) == 1
     runs = mlflow_runs(folder)
     assert [run.info.status for run in runs] == ["FINISHED"] * 4
     assert all("hparam/inner_lr" in run.data.metrics for run in runs if run.info.run_name != "s")
@@ -551,7 +553,7 @@ def test_halving_prunes_and_a_trial_that_diverges_fails_alone_whatever_becomes_o
     assert all("no longer finite" in (trial.reason or "") for trial in diverged)
     rest = [trial for trial in trials.values() if trial.values["outer_lr"] != 1e30]
     assert {trial.state for trial in rest} == {"finished", "pruned"}
-    assert any(trial.state == "finished" and trial.step == 300 for trial in rest)
+    assert any(trial.state == "finished" and trial.step == NUM_STEPS for trial in rest)
     runs = {run.info.run_name: run for run in mlflow_runs(tmp_path)}
     for trial in trials.values():
         run = runs[f"s-{trial.number:03d}"]
@@ -581,7 +583,7 @@ def test_a_trial_of_two_workers_one_of_which_is_killed_gives_what_a_trial_of_one
     undisturbed: tuple[Path, Job], start_job: StartJob, tmp_path: Path
 ) -> None:
     reference, _ = undisturbed
-    one = [word if word != "5" else "1" for word in OPTIONS]
+    one = [word if word != str(NUM_TRIALS) else "1" for word in OPTIONS]
     options = [*one, "--scheduler", "none", "--num-workers", "2", "--output-dir", str(tmp_path)]
     job = start_job("tune", "sinusoid-maml-5s", *options, folder=tmp_path)
     file = paths.journal(paths.searches(tmp_path) / "s")
