@@ -13,6 +13,7 @@ from pathlib import Path
 
 import psutil
 import pytest
+from filelock import FileLock
 
 from distmaml.engine import warn_once
 
@@ -54,9 +55,14 @@ def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from distmaml.datasets import ensure_store
     from distmaml.tracking.database import open_tracking
 
-    folder = tmp_path_factory.mktemp("prepared")
-    open_tracking(folder)
-    ensure_store("glyphs", data_dir=None, image_size=28, color=False, stores_dir=folder / "stores")
+    base = tmp_path_factory.getbasetemp()
+    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "prepared"  # one for all workers
+    ready = folder.with_suffix(".ready")
+    with FileLock(folder.with_suffix(".lock")):
+        if not ready.exists():
+            open_tracking(folder)
+            ensure_store("glyphs", data_dir=None, image_size=28, color=False, stores_dir=folder / "stores")
+            ready.touch()
     return folder
 
 
