@@ -30,14 +30,14 @@ def wait_for_all(device: torch.device) -> None:
 
 
 def mean_over_tasks(
-    chunk_sums: Mapping[int, tuple[Tree, int]], like: Tree, *, num_chunks: int, ordered: bool
-) -> tuple[Tree, int]:
-    """The mean over the tasks of all workers, and their number.
+    chunk_sums: Mapping[int, tuple[Tree, int]], like: Tree, *, num_chunks: int, ordered: bool, flag: bool = False
+) -> tuple[Tree, int, bool]:
+    """The mean over the tasks of all workers, their number, and whether any worker has raised its flag.
 
-    One all-reduce carries everything: gradients, metrics and the number of tasks, flat. With ``ordered`` it carries
-    one row per chunk. A row is zero on all workers but the one that computed it, so the reduction adds nothing but
-    zeros to it, in whatever order; then every worker adds the rows by index. That makes the result the same to the last
-    bit for every number of workers, for `num_chunks` times the traffic.
+    One all-reduce carries everything: gradients, metrics, the number of tasks and the flags, flat. With ``ordered`` it
+    carries one row per chunk. A row is zero on all workers but the one that computed it, so the reduction adds nothing
+    but zeros to it, in whatever order; then every worker adds the rows by index. That makes the result the same to the
+    last bit for every number of workers, for `num_chunks` times the traffic.
 
     Args:
       chunk_sums: this worker's chunks: index -> (sum over the chunk's tasks, number of tasks). May be empty.
@@ -46,15 +46,16 @@ def mean_over_tasks(
     """
     leaves = tree_leaves(like)
     width = sum(leaf.numel() for leaf in leaves)
-    buffer = leaves[0].new_zeros(num_chunks if ordered else 1, width + 1)
+    buffer = leaves[0].new_zeros(num_chunks if ordered else 1, width + 2)
     for index, (total, num_tasks) in sorted(chunk_sums.items()):
         row = torch.cat([*(leaf.reshape(-1) for leaf in tree_leaves(total)), buffer.new_tensor([num_tasks])])
-        buffer[index if ordered else 0] += row
+        buffer[index if ordered else 0, :-1] += row
+    buffer[0, -1] = float(flag)
     all_reduce(buffer)
     total = buffer[0].clone()
     for row in buffer[1:]:
         total += row
-    num_tasks = round(float(total[-1]))
-    parts = (total[:-1] / num_tasks).split([leaf.numel() for leaf in leaves])
+    num_tasks = round(float(total[-2]))
+    parts = (total[:-2] / num_tasks).split([leaf.numel() for leaf in leaves])
     mean = tree_unflatten(like, [part.reshape(leaf.shape) for part, leaf in zip(parts, leaves, strict=True)])
-    return mean, num_tasks
+    return mean, num_tasks, bool(total[-1] > 0)

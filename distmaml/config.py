@@ -218,8 +218,9 @@ class Run:
 class Cluster:
     """Where the run runs."""
 
-    num_workers: int = 1
-    """Ray workers, each with one CPU thread or with its GPUs."""
+    num_workers: int | str = 1
+    """Ray workers, each with one CPU thread or with its GPUs. LEAST:MOST is elastic: as many of them as the cluster has
+    room for, and another number when nodes come or go; the result is the same."""
     use_gpu: Literal["auto", "yes", "no"] = "auto"
     """Use GPUs: if the cluster has any (auto), or always, or never."""
     gpus_per_worker: float = 1.0
@@ -228,7 +229,19 @@ class Cluster:
     """Address of a running Ray cluster. Default: $RAY_ADDRESS (set inside a Ray job), else one started for this
     run on this machine."""
     max_failures: int = 3
-    """Crashed worker groups that are started again from the last checkpoint before the run counts as failed."""
+    """Crashed worker groups that are started again from the last checkpoint before the run counts as failed. A node
+    that says beforehand that it goes does not count."""
+    collective_timeout: float = 300.0
+    """Seconds that workers wait for one of them before it is taken for hung, and all are started again."""
+    node_timeout: float = 600.0
+    """Seconds to wait for the CPUs and GPUs that the workers need, at the start or after a node is lost, before the run
+    ends with an error."""
+
+    @property
+    def team(self) -> tuple[int, int]:
+        """The least and the most workers; equal, unless the run is elastic."""
+        least, _, most = str(self.num_workers).partition(":")
+        return int(least), int(most or least)
 
 
 AlgorithmOptions: TypeAlias = InnerLoop | CustomAlgorithm
@@ -434,7 +447,7 @@ def _in_words(hint: Any) -> str:
 
 MAY_CHANGE = {
     *("name", "output_dir", "resume", "tracking_uri", "experiment", "log_every", "checkpoint_every", "data_dir"),
-    *("num_workers", "use_gpu", "gpus_per_worker", "address", "max_failures"),
+    *("num_workers", "use_gpu", "gpus_per_worker", "address", "max_failures", "collective_timeout", "node_timeout"),
     *("num_outer_steps", "patience", "num_test_episodes", "inductive"),
 }
 """Fields that may differ between a run and its resumption. With ordered sums another number of workers leaves the

@@ -10,13 +10,13 @@ from pathlib import Path
 from typing import NamedTuple
 
 from distmaml import build, checkpoint, experiment, loop, paths, preflight, report, workers
-from distmaml.config import Config, to_json
+from distmaml.config import Config, override, to_json
 from distmaml.episodes import num_chunks
 from distmaml.errors import ClusterError, ConfigError
 from distmaml.files import write_text
 from distmaml.interrupt import Interrupt, interruptible
 from distmaml.progress import Progress, say
-from distmaml.recorder import check_data, file_of
+from distmaml.recorder import check_data, file_of, save_now
 from distmaml.scoring import Evaluated, Intervals
 from distmaml.worker import Worker
 
@@ -56,6 +56,9 @@ def train(config: Config) -> Outcome:
 def _train(config: Config, interrupt: Interrupt) -> Outcome:
     config = workers.checked(config)
     folder, output, name = paths.run_folder(config), paths.output_dir(config.run.output_dir), config.run.name or ""
+    if not config.run.resume and preflight.is_interrupted(config, folder):
+        say(f"{name} was stopped after {checkpoint.steps(paths.checkpoints(folder))[-1]} outer steps: it goes on.")
+        config = override(config, {"resume": True})
     if config.run.resume:
         preflight.check_resumable(config, folder)
     else:
@@ -73,11 +76,14 @@ def _train(config: Config, interrupt: Interrupt) -> Outcome:
         shutil.rmtree(paths.ray(output) / name, ignore_errors=True)  # of a driver that was killed outright
         with workers.cluster(config) as resources:
             _tell_of_idle_workers(config)
-            team = workers.count(config.cluster.num_workers, "worker")
+            least, most = config.cluster.team
+            team = workers.count(most, "worker") if least == most else f"{least} to {most} workers"
             say(f"{team} on {workers.described(resources)}; the run lies in {folder}")
             with _told_how_to_go_on(config, folder), Progress(config, folder):
-                failures = config.cluster.max_failures
-                metrics, tested = workers.fit(train_and_test, config, name, resources, max_failures=failures)
+                metrics, tested = workers.fit(
+                    train_and_test, config, name, resources, max_failures=config.cluster.max_failures,
+                    before_resize=functools.partial(save_now, folder),
+                )  # fmt: skip
         run.add_artifact(paths.model(folder), "model")
         run.add_artifact(paths.config_file(folder), None)
         if tested is not None:
@@ -98,7 +104,7 @@ def train_and_test(config: Config, worker: Worker) -> tuple[dict[str, float], Ev
 
 def _tell_of_idle_workers(config: Config) -> None:
     chunks = num_chunks(config.outer.meta_batch_size, config.outer.reduction_chunk)
-    if config.cluster.num_workers > chunks:
+    if config.cluster.team[1] > chunks:
         say(
             f"{config.cluster.num_workers} workers, but a step has {workers.count(chunks, 'chunk')} of "
             f"{workers.count(config.outer.reduction_chunk, 'task')}: the others have nothing to do. A smaller "
@@ -119,9 +125,11 @@ def _draw(config: Config, folder: Path, scores: Intervals | None) -> list[Path]:
 def _told_how_to_go_on(config: Config, folder: Path) -> Iterator[None]:
     try:
         yield
-    except (ClusterError, KeyboardInterrupt):
+    except (ClusterError, KeyboardInterrupt) as error:
+        if isinstance(error, KeyboardInterrupt):
+            save_now(folder)  # the workers train until their cluster is let go of
         if checkpoint.steps(paths.checkpoints(folder)):
-            say(f"Its checkpoints are kept: the same command with --name {config.run.name} --resume goes on.")
+            say(f"Its checkpoints are kept: the same command with --name {config.run.name} goes on.")
         raise
 
 

@@ -1,9 +1,13 @@
 """Runs a loop on Ray workers. The only import of ray.train; knows nothing of what the loop does."""
 
+import contextlib
 import enum
 import logging
+import math
 import os
 import shutil
+import threading
+import time
 import traceback
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -27,8 +31,13 @@ WORKER_ENVIRONMENT = {
     "MALLOC_MMAP_THRESHOLD_": str(2**30),
     "MALLOC_TRIM_THRESHOLD_": str(2**32),
 }
-COLLECTIVE_TIMEOUT_SECONDS = 600
-START_FAILURES = 3
+RESIZE_SECONDS = 20.0
+"""Between two looks of an elastic run whether there is room for more workers."""
+# Ray's default for both is to try without end. What ends them here is `node_timeout`, and for preemptions this number.
+_START_FAILURES = 10_000
+_PREEMPTIONS = 1_000
+_LOOK_SECONDS = 2.0
+"""Between two looks whether the node of a worker has been told to go."""
 
 
 def fit(
@@ -37,12 +46,15 @@ def fit(
     *,
     name: str,
     storage_path: Path,
-    num_workers: int,
+    team: tuple[int, int],
     gpus_per_worker: float,
     max_failures: int,
+    collective_timeout: float,
+    node_timeout: float,
+    before_resize: Callable[[], object] | None = None,
     callbacks: Sequence[Any] = (),
 ) -> ResultT:
-    """Runs ``loop(config, worker)`` on `num_workers` Ray Train workers and returns what rank 0 returned.
+    """Runs ``loop(config, worker)`` on Ray Train workers and returns what rank 0 returned.
 
     A worker group that crashes is started again, up to `max_failures` times; the loop finds its own way back. An error
     that distmaml raises on purpose would only come again, and so would a mistake in the code: they end the run at once.
@@ -50,7 +62,12 @@ def fit(
     Args:
       name: of the Ray Train run.
       storage_path: what Ray Train must know of the run while it runs; removed at the end.
+      team: the least and the most workers. There are as many as the cluster has room for, and another number when
+        nodes come or go; all are started again then.
       gpus_per_worker: 0 for CPU workers, which talk over gloo; otherwise NCCL, or gloo where workers share a GPU.
+      collective_timeout: seconds after which a worker that the others wait for is taken for hung.
+      node_timeout: seconds without room for the least number of workers after which the run ends.
+      before_resize: called before workers that train are stopped to make room for more.
       callbacks: Ray Train's, which hear what the workers report.
 
     Raises:
@@ -62,32 +79,47 @@ def fit(
     from ray.train.torch import TorchConfig, TorchTrainer
     from ray.train.v2._internal.constants import ENV_VARS_TO_PROPAGATE
 
+    least, most = team
+
     class Trainer(TorchTrainer):  # type: ignore[misc, unused-ignore]
         def _register_sigint_handler(self, controller: Any) -> None:
             """Ray Train would take SIGINT for itself, and exit with status 0."""
 
     ENV_VARS_TO_PROPAGATE.add("RAY_ADDRESS")  # see `ray_cluster._found_by_ray_train`
-    _check_room(num_workers, gpus_per_worker, ray.cluster_resources())
-    trainer = Trainer(
-        _per_worker,
-        train_loop_config={"loop": loop, "config": config},
-        torch_config=TorchConfig(
-            backend="nccl" if gpus_per_worker >= 1 else "gloo", timeout_s=COLLECTIVE_TIMEOUT_SECONDS
-        ),
-        scaling_config=ray.train.ScalingConfig(
-            num_workers=num_workers,
-            use_gpu=gpus_per_worker > 0,
-            resources_per_worker={"CPU": 1, **({"GPU": gpus_per_worker} if gpus_per_worker else {})},
-        ),
-        run_config=ray.train.RunConfig(
-            name=name,
-            storage_path=str(storage_path),
-            failure_config=ray.train.FailureConfig(max_failures=max_failures, controller_failure_limit=START_FAILURES),
-            worker_runtime_env={"env_vars": worker_environment()},
-            logging_config=ray.train.LoggingConfig(log_level="ERROR"),  # it warns of every crash with a traceback
-            callbacks=[_stop_on_purpose(), *callbacks],
-        ),
-    )
+    _check_room(least, gpus_per_worker)
+
+    def trainer(attempt: int) -> Trainer:
+        return Trainer(
+            _per_worker,
+            train_loop_config={"loop": loop, "config": config},
+            torch_config=TorchConfig(
+                backend="nccl" if gpus_per_worker >= 1 else "gloo", timeout_s=math.ceil(collective_timeout)
+            ),
+            scaling_config=ray.train.ScalingConfig(
+                num_workers=most if least == most else team,
+                use_gpu=gpus_per_worker > 0,
+                resources_per_worker={"CPU": 1, **({"GPU": gpus_per_worker} if gpus_per_worker else {})},
+                elastic_resize_monitor_interval_s=RESIZE_SECONDS,
+            ),
+            run_config=ray.train.RunConfig(
+                name=name,
+                # A controller that was killed may have left half a snapshot there, which no other could read.
+                storage_path=str(storage_path / str(attempt)),
+                failure_config=ray.train.FailureConfig(
+                    max_failures=max_failures,
+                    controller_failure_limit=_START_FAILURES,
+                    max_preemption_failures=_PREEMPTIONS,
+                ),
+                worker_runtime_env={"env_vars": worker_environment()},
+                logging_config=ray.train.LoggingConfig(log_level="ERROR"),  # it warns of every crash with a traceback
+                callbacks=[
+                    _stop_on_purpose(),
+                    _between_groups(least, gpus_per_worker, node_timeout, before_resize),
+                    *callbacks,
+                ],
+            ),
+        )
+
     try:
         result: ResultT = _fit(trainer, max_failures)
     finally:
@@ -95,13 +127,13 @@ def fit(
     return result
 
 
-def _fit(trainer: Any, max_failures: int) -> Any:
+def _fit(trainer: Callable[[int], Any], max_failures: int) -> Any:
     import ray
     import ray.train
 
     for remaining in range(max_failures, -1, -1):
         try:
-            return trainer.fit().return_value
+            return trainer(max_failures - remaining).fit().return_value
         except (ray.train.TrainingFailedError, ray.exceptions.RayError) as error:
             failure = getattr(error, "controller_failure", error)
             if isinstance(failure, Exception) and not _of_ray(failure):
@@ -143,12 +175,30 @@ class RayWorker:
         logging.getLogger().setLevel(logging.WARNING)  # Ray Train logs every report through the root
         if self.rank > 0:
             logging.getLogger("distmaml").setLevel(logging.ERROR)  # rank 0 says it
+        self._leaving = threading.Event()
+        threading.Thread(target=self._watch_node, name="preemption", daemon=True).start()
 
     def report(self, metrics: Mapping[str, float]) -> None:
         """Hands metrics to Ray Train; costs a fraction of a second, so only at checkpoints."""
         import ray.train
 
         ray.train.report(dict(metrics))
+
+    def leaving(self) -> bool:
+        """Whether this worker's node has been told to go (a spot instance, say); known some seconds after."""
+        return self._leaving.is_set()
+
+    def _watch_node(self) -> None:
+        """What `ray.train.get_preemption_info` would tell; that is a barrier of 5 to 10 ms, and a process more."""
+        import ray
+        from ray._private.state import state
+
+        node = ray.get_runtime_context().get_node_id()
+        while not self._leaving.is_set():
+            with contextlib.suppress(Exception):  # the head may be away for a moment, and training does not need it
+                if node in state.get_draining_nodes():
+                    self._leaving.set()
+            time.sleep(_LOOK_SECONDS)
 
 
 # ---------------------------------------------------------------------------------------------- failures
@@ -167,6 +217,44 @@ def _stop_on_purpose() -> Any:
             log.warning("A worker failed (%s); all start from the last checkpoint.", _in_short(errors[0]))
 
     return StopOnPurpose()
+
+
+def _between_groups(
+    num_workers: int, gpus_per_worker: float, node_timeout: float, before_resize: Callable[[], object] | None
+) -> Any:
+    from ray.train import ControllerError
+    from ray.train.v2._internal.execution.callback import ControllerCallback
+    from ray.train.v2._internal.execution.controller import state
+
+    waiting = (state.InitializingState, state.SchedulingState, state.RestartingState, state.ReschedulingState)
+
+    class BetweenGroups(ControllerCallback):  # type: ignore[misc, unused-ignore]
+        """What the controller does not look after when there are no workers, or other ones are to come.
+
+        It would wait for ever where a node is gone and none comes.
+        """
+
+        def __init__(self) -> None:
+            self._since: float | None = None
+
+        def after_controller_state_update(self, previous: Any, current: Any) -> None:
+            if isinstance(current, state.ResizingState) and before_resize is not None:
+                before_resize()
+            if not isinstance(current, waiting):
+                self._since = None
+                return
+            self._since = self._since or time.monotonic()
+            if time.monotonic() - self._since > node_timeout:
+                wants, has, free = _wanted_and_there(num_workers, gpus_per_worker)
+                raise ControllerError(
+                    ClusterError(
+                        f"for {node_timeout:g} s there was no room for {num_workers} workers: they need {wants}, and "
+                        f"the cluster has {has}, of which {free} are free. Add nodes, lower --num-workers, or wait "
+                        "longer by --node-timeout."
+                    )
+                )
+
+    return BetweenGroups()
 
 
 class _Kind(enum.IntEnum):
@@ -197,16 +285,34 @@ def _of_ray(error: object) -> bool:
     return type(error).__module__.partition(".")[0] == "ray"
 
 
-def _check_room(num_workers: int, gpus_per_worker: float, resources: Mapping[str, float]) -> None:
+def _check_room(num_workers: int, gpus_per_worker: float) -> None:
+    """Refuses what the cluster can never carry, also when its autoscaler has started all that it may start."""
+    import ray
+    from ray._private.state import state
+
+    most = state.get_max_resources_from_cluster_config() or {}
     for kind, each in (("CPU", 1.0), ("GPU", gpus_per_worker)):
-        has = resources.get(kind, 0.0)
+        has = max(ray.cluster_resources().get(kind, 0.0), most.get(kind, 0.0))
         if kind == "GPU" and each and not has:
             raise ClusterError("the cluster has no GPU. Leave --use-gpu at auto, or add nodes with GPUs.")
         if each * num_workers > has:
             raise ClusterError(
-                f"{num_workers} workers need {each * num_workers:g} {kind}s, and the cluster has {has:g}. Lower "
-                f"--num-workers{' or --gpus-per-worker' if kind == 'GPU' else ''}, or add nodes."
+                f"{num_workers} workers need {each * num_workers:g} {kind}s, and the cluster "
+                f"{'can have' if most else 'has'} {has:g}. Lower --num-workers"
+                f"{' or --gpus-per-worker' if kind == 'GPU' else ''}, or add nodes."
             )
+
+
+def _wanted_and_there(num_workers: int, gpus_per_worker: float) -> tuple[str, str, str]:
+    """What workers need, what the cluster has, and what of it nobody uses, in words."""
+    import ray
+
+    kinds = ("CPU", "GPU") if gpus_per_worker else ("CPU",)
+    wants = {"CPU": float(num_workers), "GPU": num_workers * gpus_per_worker}
+    return tuple(  # type: ignore[return-value]
+        " and ".join(f"{amounts.get(kind, 0.0):g} {kind}s" for kind in kinds)
+        for amounts in (wants, ray.cluster_resources(), ray.available_resources())
+    )
 
 
 def worker_environment() -> dict[str, str]:

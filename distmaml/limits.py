@@ -1,18 +1,19 @@
 """What a configuration may not say, whatever the data are: the first thing that a run looks at."""
 
 import math
+import re
 
 from distmaml.config import OPTIONS, Config, flatten, is_custom
 from distmaml.errors import ConfigError, unknown
 
 POSITIVE = {
     "num_inner_steps", "num_filters", "image_size", "num_ways", "num_shots", "num_queries", "num_eval_queries",
-    "num_outer_steps", "meta_batch_size", "reduction_chunk", "num_workers", "num_eval_steps", "log_every",
-    "checkpoint_every", "num_val_episodes", "patience",
+    "num_outer_steps", "meta_batch_size", "reduction_chunk", "num_eval_steps", "log_every", "checkpoint_every",
+    "num_val_episodes", "patience",
 }  # fmt: skip
 NOT_NEGATIVE = {"val_every", "num_test_episodes", "weight_decay", "max_failures", "seed"}
 MOST_INNER_STEPS = 10_000
-POSITIVE_RATES = {"inner_lr", "outer_lr", "clip_norm", "gpus_per_worker"}
+POSITIVE_RATES = {"inner_lr", "outer_lr", "clip_norm", "gpus_per_worker", "collective_timeout", "node_timeout"}
 
 
 def check(config: Config) -> None:
@@ -31,6 +32,13 @@ def check(config: Config) -> None:
             raise ConfigError(f"{name}={value} must be 0 or more.")
         if name in POSITIVE_RATES and not (value > 0 and math.isfinite(value)):
             raise ConfigError(f"{name}={value} must be greater than 0 and finite.")
+    num_workers = str(config.cluster.num_workers)
+    valid = re.fullmatch(r"\d{1,9}(:\d{1,9})?", num_workers)
+    if not valid or not 1 <= config.cluster.team[0] <= config.cluster.team[1]:
+        raise ConfigError(
+            f"num_workers={num_workers[:40]} must be 1 or more, or LEAST:MOST, as in 2:8, for as many as there is "
+            "room for."
+        )
     for name in ("num_inner_steps", "num_eval_steps"):
         if flat.get(name, 1) > MOST_INNER_STEPS:
             raise ConfigError(f"{name}={flat[name]} must be {MOST_INNER_STEPS} or less.")

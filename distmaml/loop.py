@@ -69,8 +69,9 @@ def train(config: Config, worker: Worker) -> dict[str, float]:
             )
             for chunk in chunks
         }
-        (grads, metrics), _ = collectives.mean_over_tasks(
-            sums, like, num_chunks=chunks_per_step, ordered=options.reduction == "ordered"
+        hurry = worker.leaving() or (recorder is not None and recorder.asked_to_save())
+        (grads, metrics), _, urgent = collectives.mean_over_tasks(
+            sums, like, num_chunks=chunks_per_step, ordered=options.reduction == "ordered", flag=hurry
         )
         norm = float(outer.outer_step(state, grads, step, options))
         done = step + 1
@@ -97,7 +98,7 @@ def train(config: Config, worker: Worker) -> dict[str, float]:
                 if improved:
                     chosen = {"selection_metric": evaluation.selection_metric, "value": selection.best}
                     recorder.model(done, named_leaves(state.meta_params), chosen)
-                if due:
+                if due or urgent:  # not reported: what is heard of at other times than planned could decide something
                     recorder.checkpoint(done, outer.named_state(state), selection._asdict())
                 recorder.progress(done, last=last)
         if due:

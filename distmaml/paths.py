@@ -16,6 +16,7 @@ OUTPUT_DIR/runs/NAME/         one training run:
   metrics/                      committed points
   tracking/                     what MLflow is to be told, and has been told
   progress.json                 how far it is, for whoever watches
+  save-now                      there while a checkpoint is wanted out of turn
   model.safetensors             the best meta-parameters so far: the result
   evaluation-test.json, .csv    scores of the model, and of later evaluations under names of their own
   artifacts/                    pictures
@@ -93,6 +94,11 @@ def pinned_store(run: Path) -> Path:
 def progress(run: Path) -> Path:
     """How far a run is."""
     return run / "progress.json"
+
+
+def save_request(run: Path) -> Path:
+    """The file that asks for a checkpoint at once."""
+    return run / "save-now"
 
 
 def artifacts(run: Path) -> Path:

@@ -8,7 +8,7 @@ import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 
 import torch
@@ -96,6 +96,20 @@ def check_output(folder: Path) -> None:
 # ------------------------------------------------------------------------------------------ an earlier run
 
 
+def is_interrupted(config: Config, folder: Path) -> bool:
+    """Whether a run that was stopped on its way is asked for again, by the same settings: then it goes on.
+
+    That is what resubmits a job: a scheduler that repeats a command cannot add --resume to it.
+    """
+    if Outbox(folder).status() == "FINISHED" or not paths.config_file(folder).exists():
+        return False
+    if not checkpoint.steps(paths.checkpoints(folder)):
+        return False
+    before, now = to_json(read(paths.config_file(folder))), to_json(config)
+    where = {"resume", "tracking_uri", *(entry.name for entry in fields(config.cluster))}
+    return all(before[name] == now.get(name) for name in before if name not in where)
+
+
 def check_new(config: Config, folder: Path) -> None:
     """Refuses the name of a run that has got somewhere. One that ended before its first checkpoint does not count.
 
@@ -107,8 +121,8 @@ def check_new(config: Config, folder: Path) -> None:
     done = checkpoint.steps(paths.checkpoints(folder))
     if done:
         raise RunError(
-            f"a run named {config.run.name!r} exists in {folder}, {done[-1]} outer steps long. Go on with it by "
-            "--resume, or choose another --name."
+            f"a run named {config.run.name!r} exists in {folder}, {done[-1]} outer steps long, and it is over or has "
+            "other settings. Go on with it by --resume, or choose another --name."
         )
     if paths.model(folder).exists():
         raise RunError(
@@ -203,7 +217,7 @@ def check_machine(config: Config) -> None:
             "use_gpu='yes', but torch finds no GPU on this machine. Take --use-gpu auto, or name a cluster."
         )
     most = WORKERS_A_CORE * (os.cpu_count() or 1)
-    if config.cluster.num_workers > most:
+    if config.cluster.team[1] > most:
         raise ConfigError(
             f"num_workers={config.cluster.num_workers} is more than this machine can carry: {most} at most, and "
             f"{os.cpu_count()} are as fast. Lower it, or name a cluster by --address."

@@ -24,11 +24,13 @@ from distmaml.errors import ClusterError, first_line
 _ENVIRONMENT = {
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.25",  # how often the controller takes a report; 2 s by default
     "RAY_TRAIN_COLLECTIVE_TIMEOUT_S": "300",  # a rank that never reports would be waited for without end
-    "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "120",
+    # Of one try to find room for the workers, before the cluster is looked at again: what Ray knows of it may be old.
+    "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "10",
+    "RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S": "120",
     "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",  # otherwise printed lines come twice
     "RAY_TRAIN_METRICS_ENABLED": "0",
     "RAY_USAGE_STATS_ENABLED": "0",
-    "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",  # nobody asks it yet, and it logs an error at every start
+    "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",  # the workers look themselves, see `launch.RayWorker.leaving`
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",  # the coming default; without it Ray prints a FutureWarning
 }
 _LOCAL_ENVIRONMENT = {

@@ -1,5 +1,6 @@
 """What rank 0 leaves in a run's folder: points, progress, checkpoints and the model."""
 
+import contextlib
 import json
 import time
 from collections.abc import Mapping
@@ -15,6 +16,8 @@ from distmaml.files import write_text
 from distmaml.segments import SegmentWriter
 
 PROGRESS_SECONDS = 1.0
+ASKED_SECONDS = 0.5
+SAVE_SECONDS = 5.0
 
 
 class Recorder:
@@ -28,7 +31,7 @@ class Recorder:
             "dataset": build.dataset_record(config),
         }
         self._segments = SegmentWriter(paths.metrics(self._folder), restored_step)
-        self._shown = 0.0
+        self._shown, self._looked = 0.0, 0.0
         self._latest: dict[str, float] = {}
 
     def points(self, step: int, values: Mapping[str, float]) -> None:
@@ -42,16 +45,38 @@ class Recorder:
             self._shown = time.monotonic()
             write_text(paths.progress(self._folder), json.dumps({"step": step, **self._latest}))
 
+    def asked_to_save(self) -> bool:
+        """Whether somebody wants a checkpoint at once, by `save_now`; looks twice a second."""
+        if time.monotonic() - self._looked < ASKED_SECONDS:
+            return False
+        self._looked = time.monotonic()
+        return paths.save_request(self._folder).exists()
+
     def checkpoint(self, step: int, tensors: Mapping[str, Tensor], document: Mapping[str, Any]) -> None:
         """Commits the points up to a step together with the state after it."""
         self._segments.write(step)
         path = checkpoint.path_of(paths.checkpoints(self._folder), step)
         checkpoint.save(path, tensors, {"step": step, **self._origin, **document})
         self._segments.commit(step)
+        paths.save_request(self._folder).unlink(missing_ok=True)
 
     def model(self, step: int, tensors: Mapping[str, Tensor], document: Mapping[str, Any]) -> None:
         """Writes the result so far: meta-parameters with the configuration that makes them useful."""
         checkpoint.save(paths.model(self._folder), tensors, {"step": step, **self._origin, **document})
+
+
+def save_now(run: Path, *, seconds: float = SAVE_SECONDS) -> None:
+    """Asks whoever trains a run for a checkpoint at once, and waits for it: a stop then costs no steps.
+
+    Best effort: after `seconds`, or where nobody trains, it is as it was.
+    """
+    request = paths.save_request(run)
+    with contextlib.suppress(OSError):  # a full disk: whoever is about to end the run will go on ending it
+        request.touch()
+        deadline = time.monotonic() + seconds
+        while request.exists() and time.monotonic() < deadline:
+            time.sleep(0.05)
+        request.unlink(missing_ok=True)
 
 
 def file_of(run: Path, step: int | None) -> Path:

@@ -205,13 +205,18 @@ def check_search(config: Config, search: Search, space: Space) -> None:
         raise ConfigError(
             f"first_rung={search.first_rung} must be a multiple of val_every={every}: trials are judged by validations."
         )
+    if config.cluster.team[0] != config.cluster.team[1]:
+        raise ConfigError(
+            f"num_workers={config.cluster.num_workers}: a search divides the cluster among its trials, so each has a "
+            f"fixed number of workers. Take --num-workers {config.cluster.team[0]}."
+        )
     if search.scheduler == "pbt":
         _check_population(config, search, space)
 
 
 def _check_population(config: Config, search: Search, space: Space) -> None:
     every, steps = config.evaluation.val_every, config.outer.num_outer_steps
-    if config.cluster.num_workers > 1:
+    if config.cluster.team[1] > 1:
         raise ConfigError(
             f"num_workers={config.cluster.num_workers}: pbt copies the weights of trials that stand still, and those "
             "of several workers do not stop at once. Take --num-workers 1, or --scheduler asha."

@@ -9,7 +9,7 @@ import logging
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, replace
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -77,6 +77,9 @@ def _tune(config: Config, options: Search, interrupt: Interrupt) -> Study:
     space.check_space(config, chosen)
     mode = config.evaluation.selection_mode
     proposer = searcher(options.searcher, chosen, num_trials=options.num_samples, seed=options.search_seed, mode=mode)
+    if not config.run.resume and _is_interrupted(config, options, folder):
+        say(f"{name} was stopped on its way: it goes on.")
+        config = override(config, {"resume": True})
     _check_folder(config, options, folder)
     preflight.rehearse(replace(config, run=replace(config.run, resume=False)))
     tracking = experiment.open_tracking(config, resuming=folder if config.run.resume else None)
@@ -226,7 +229,7 @@ def _search(
     *,
     until: int,
 ) -> None:
-    nested = config.cluster.num_workers > 1
+    nested = config.cluster.team[1] > 1
     gpus = workers.gpus_per_worker(config, resources)
     # The process of a nested trial only waits for its workers, which ask for what they need.
     wants = {"node:__internal_head__": 0.001} if nested else {"CPU": 1.0, **({"GPU": gpus} if gpus else {})}
@@ -277,6 +280,16 @@ def _common(config: Config) -> Config:
         checkpoint_every=config.evaluation.val_every or config.run.checkpoint_every,
     )
     return replace(config, run=run)
+
+
+def _is_interrupted(config: Config, options: Search, folder: Path) -> bool:
+    """Whether a search that was stopped on its way is asked for again, by the same settings: then it goes on."""
+    if not paths.search_file(folder).exists() or experiment.status(folder) == "FINISHED":
+        return False
+    before, searched = settings_of(config.run.name or "", config.run.output_dir)
+    where = {"resume", "tracking_uri", *(entry.name for entry in fields(config.cluster))}
+    then, now = to_json(before), to_json(config)
+    return searched == options and all(then[name] == now.get(name) for name in then if name not in where)
 
 
 def _check_folder(config: Config, options: Search, folder: Path) -> None:
@@ -336,7 +349,7 @@ def _room(config: Config, options: Search, resources: Mapping[str, float]) -> in
     Raises:
       ClusterError: not a single one.
     """
-    team = config.cluster.num_workers
+    team = config.cluster.team[1]
     wants = {"CPU": float(team), "GPU": team * workers.gpus_per_worker(config, resources)}
     room = min(int(resources.get(kind, 0.0) / each) for kind, each in wants.items() if each)
     if room < 1:

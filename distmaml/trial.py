@@ -30,7 +30,7 @@ def run_trial(config: Config, gpus: float, trial: Trial, report: Report) -> None
     own = of_trial(config, trial)
     for metrics in _measured(paths.run_folder(own), config.evaluation.selection_metric, after=trial.step):
         report(metrics)
-    if config.cluster.num_workers == 1:
+    if config.cluster.team[1] == 1:
         device = torch.device("cuda" if gpus else "cpu")
         loop.train(own, LocalWorker(device, tell=report))
     else:
@@ -39,9 +39,11 @@ def run_trial(config: Config, gpus: float, trial: Trial, report: Report) -> None
             own,
             name=own.run.name or "",
             storage_path=paths.ray(paths.output_dir(own.run.output_dir)) / (own.run.name or ""),
-            num_workers=own.cluster.num_workers,
+            team=own.cluster.team,
             gpus_per_worker=gpus,
             max_failures=own.cluster.max_failures,
+            collective_timeout=own.cluster.collective_timeout,
+            node_timeout=own.cluster.node_timeout,
             callbacks=[forwarding()],
         )
 

@@ -26,6 +26,10 @@ class Worker(Protocol):
         """Tells whoever started the workers how far they are. Every worker calls it equally often."""
         ...
 
+    def leaving(self) -> bool:
+        """Whether a machine of the workers is about to be taken away. Cheap: it is asked before every step."""
+        ...
+
 
 class LocalWorker:
     """The only worker, in this process: training and debugging without a cluster, and a trial of a search.
@@ -47,3 +51,7 @@ class LocalWorker:
         """Tells whoever started this worker."""
         if self._tell is not None:
             self._tell(metrics)
+
+    def leaving(self) -> bool:
+        """Nobody says so to a process on its own."""
+        return False

@@ -6,7 +6,7 @@ What the driver of one run and that of a search have in common.
 import contextlib
 import os
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -39,7 +39,7 @@ def cluster(config: Config, environment: Mapping[str, str] | None = None) -> Ite
     Args:
       environment: variables of all processes that are started on it, unless they bring their own.
     """
-    num_cpus = max(config.cluster.num_workers, os.cpu_count() or 1)
+    num_cpus = max(config.cluster.team[1], os.cpu_count() or 1)
     local = ray_cluster.is_local(config.cluster.address)
     with ray_cluster.connect(config.cluster.address, num_cpus=num_cpus, environment=environment) as resources:
         # Ray sees the GPUs of this machine also where its torch was built without.
@@ -53,7 +53,15 @@ def gpus_per_worker(config: Config, resources: Mapping[str, float]) -> float:
     return config.cluster.gpus_per_worker if wanted else 0.0
 
 
-def fit(function: Any, config: Config, name: str, resources: Mapping[str, float], *, max_failures: int) -> Any:
+def fit(
+    function: Any,
+    config: Config,
+    name: str,
+    resources: Mapping[str, float],
+    *,
+    max_failures: int,
+    before_resize: Callable[[], object] | None = None,
+) -> Any:
     """Runs ``function(config, worker)`` on the workers of a configuration; see `launch.fit`."""
     storage = paths.ray(paths.output_dir(config.run.output_dir))
     try:
@@ -62,9 +70,12 @@ def fit(function: Any, config: Config, name: str, resources: Mapping[str, float]
             config,
             name=name,
             storage_path=storage / name / str(time.time_ns() // 1_000_000),
-            num_workers=config.cluster.num_workers,
+            team=config.cluster.team,
             gpus_per_worker=gpus_per_worker(config, resources),
             max_failures=max_failures,
+            collective_timeout=config.cluster.collective_timeout,
+            node_timeout=config.cluster.node_timeout,
+            before_resize=before_resize,
         )
     finally:
         for folder in (storage / name, storage):

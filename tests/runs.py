@@ -92,6 +92,9 @@ class Member:
     def report(self, metrics: Mapping[str, float]) -> None:
         """Nobody listens."""
 
+    def leaving(self) -> bool:
+        return False
+
 
 def adopt(config: Config) -> None:
     """Makes the newest checkpoint of a run one of these settings, with which it would not go on otherwise."""

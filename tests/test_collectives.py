@@ -21,7 +21,7 @@ def test_uneven_chunks_count_by_their_tasks(ordered: bool) -> None:
         0: ({"w": torch.tensor([18.0, 3.0]), "metrics": (torch.tensor(6.0),)}, 3),
         1: ({"w": torch.tensor([2.0, 1.0]), "metrics": (torch.tensor(0.0),)}, 1),
     }
-    mean, num_tasks = mean_over_tasks(sums, LIKE, num_chunks=2, ordered=ordered)
+    mean, num_tasks, _ = mean_over_tasks(sums, LIKE, num_chunks=2, ordered=ordered)
     assert num_tasks == 4
     assert mean["w"].tolist() == [5.0, 1.0]
     assert mean["metrics"][0].tolist() == 1.5
@@ -41,7 +41,7 @@ def test_the_sums_handed_in_stay_as_they_are() -> None:
 
 def test_not_a_number_in_one_task_reaches_the_mean() -> None:
     sums: dict[int, tuple[Tree, int]] = {0: ({"w": torch.tensor([float("nan"), 1.0]), "metrics": (torch.ones(()),)}, 1)}
-    mean, _ = mean_over_tasks(sums, LIKE, num_chunks=3, ordered=True)
+    mean, _, _ = mean_over_tasks(sums, LIKE, num_chunks=3, ordered=True)
     assert mean["w"].isnan().tolist() == [True, False]
 
 
@@ -65,7 +65,7 @@ def reduce_and_save(member: Member, folder: Path) -> None:
             for index, positions in shard(NUM_TASKS, CHUNK, member.rank, member.world_size):
                 sums[index] = ({"w": rows[positions.start : positions.stop].sum(0)}, len(positions))
             like = {"w": torch.zeros(1000, dtype=dtype)}
-            mean, num_tasks = mean_over_tasks(sums, like, num_chunks=-(-NUM_TASKS // CHUNK), ordered=ordered)
+            mean, num_tasks, _ = mean_over_tasks(sums, like, num_chunks=-(-NUM_TASKS // CHUNK), ordered=ordered)
             assert num_tasks == NUM_TASKS
             found[f"{dtype} {ordered}"] = tree_leaves(mean)[0]
     torch.save(found, folder / f"{member.world_size}-{member.rank}.pt")
@@ -94,7 +94,7 @@ def test_the_plain_mean_is_that_of_all_tasks(reduced: Any) -> None:
 def test_a_group_of_one_equals_no_group(reduced: Any) -> None:
     rows = gradients(torch.float32)
     sums = {0: ({"w": rows[:4].sum(0)}, 4), 1: ({"w": rows[4:].sum(0)}, 3)}
-    mean, _ = mean_over_tasks(sums, {"w": torch.zeros(1000)}, num_chunks=2, ordered=True)
+    mean, _, _ = mean_over_tasks(sums, {"w": torch.zeros(1000)}, num_chunks=2, ordered=True)
     assert torch.equal(mean["w"], reduced[1, 0]["torch.float32 True"])
 
 

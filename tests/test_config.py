@@ -139,8 +139,8 @@ def test_every_field_has_a_docstring_under_it() -> None:
 
 POSITIVE = [
     "num_inner_steps", "num_filters", "image_size", "num_shots", "num_queries", "num_eval_queries", "num_outer_steps",
-    "meta_batch_size", "reduction_chunk", "num_workers", "num_eval_steps", "log_every", "checkpoint_every",
-    "num_val_episodes", "patience",
+    "meta_batch_size", "reduction_chunk", "num_eval_steps", "log_every", "checkpoint_every", "num_val_episodes",
+    "patience",
 ]  # fmt: skip
 
 
@@ -150,7 +150,7 @@ def test_every_number_has_its_limits() -> None:
     hints = {name: str(hint) for kind in groups for name, hint in typing.get_type_hints(kind).items()}
     numbers = {name for name, hint in hints.items() if re.search(r"\b(int|float)\b", hint) and "dict" not in hint}
     assert numbers - limits.POSITIVE - limits.NOT_NEGATIVE - limits.POSITIVE_RATES == {
-        "final_lr_fraction", "hidden_sizes",  # which are looked at one by one
+        "final_lr_fraction", "hidden_sizes", "num_workers",  # which are looked at one by one
     }  # fmt: skip
     assert not limits.POSITIVE & limits.NOT_NEGATIVE | limits.POSITIVE_RATES & (limits.POSITIVE | limits.NOT_NEGATIVE)
 
@@ -162,7 +162,24 @@ def test_a_count_below_one_is_refused(name: str, value: int) -> None:
         check(override(Config(), {name: value}))
 
 
-@pytest.mark.parametrize("name", ["inner_lr", "outer_lr", "clip_norm", "gpus_per_worker"])
+@pytest.mark.parametrize("value", [0, -1, "0", "x", "", "2:", ":2", "8:2", "0:2", "1:2:3", "1.5", "-1:2"])
+def test_a_number_of_workers_that_is_none_is_refused(value: int | str) -> None:
+    with pytest.raises(ConfigError, match=f"num_workers={value} must be 1 or more, or LEAST:MOST"):
+        check(override(Config(), {"num_workers": value}))
+
+
+@pytest.mark.parametrize(("value", "team"), [(1, (1, 1)), ("3", (3, 3)), ("2:8", (2, 8)), ("2:2", (2, 2))])
+def test_a_number_of_workers_may_be_a_range(value: int | str, team: tuple[int, int]) -> None:
+    config = override(Config(), {"num_workers": value})
+    check(config)
+    assert config.cluster.team == team
+    assert from_json(to_json(config)) == config
+
+
+RATES = ["inner_lr", "outer_lr", "clip_norm", "gpus_per_worker", "collective_timeout", "node_timeout"]
+
+
+@pytest.mark.parametrize("name", RATES)
 @pytest.mark.parametrize("value", [0.0, -0.1, math.nan, math.inf])
 def test_a_rate_that_is_not_positive_and_finite_is_refused(name: str, value: float) -> None:
     with pytest.raises(ConfigError, match=f"{name}={value} must be greater than 0 and finite"):

@@ -46,15 +46,19 @@ def _cluster() -> Iterator[None]:
     assert "RAY_ADDRESS" not in os.environ
 
 
-def fit(loop: Any, folder: Path, *, num_workers: int = 1, max_failures: int = 3) -> Any:
+def fit(
+    loop: Any, folder: Path, *, team: tuple[int, int] = (1, 1), max_failures: int = 3, node_timeout: float = 60.0
+) -> Any:
     return launch.fit(
         loop,
         folder,
         name="test",
         storage_path=folder / "ray",
-        num_workers=num_workers,
+        team=team,
         gpus_per_worker=0,
         max_failures=max_failures,
+        collective_timeout=60.0,
+        node_timeout=node_timeout,
     )
 
 
@@ -103,7 +107,7 @@ def die(folder: Path, worker: Worker) -> None:
 @pytest.mark.usefixtures("_cluster")
 class TestOnACluster:
     def test_all_workers_run_the_loop_and_rank_0_returns(self, folder: Path) -> None:
-        assert fit(add_ranks, folder, num_workers=2) == (0, 2, 3.0)
+        assert fit(add_ranks, folder, team=(2, 2)) == (0, 2, 3.0)
         assert not (folder / "ray").exists()
 
     def test_a_run_on_a_named_cluster_leaves_it_running(
@@ -121,7 +125,7 @@ class TestOnACluster:
 
     def test_more_workers_than_cpus_are_refused_at_once(self, folder: Path) -> None:
         with pytest.raises(ClusterError, match=r"3 workers need 3 CPUs, and the cluster has 2. Lower --num-workers"):
-            fit(add_ranks, folder, num_workers=3)
+            fit(add_ranks, folder, team=(3, 3))
 
     def test_an_error_on_purpose_comes_through_without_another_try(self, tmp_path: Path) -> None:
         with pytest.raises(DivergenceError, match=r"^query_loss is no longer finite$"):
