@@ -1,9 +1,11 @@
 """A Ray cluster of several nodes and an MLflow server on this machine: on loopback only, behind a token of their own.
 
-`up` starts a process that holds them all, and prints what a shell needs to submit jobs; `down` ends them; `status` says
-what there is. Ray's own `ray start --address` refuses to join a cluster that keeps to loopback, hence the process.
+`up` starts a process that holds them all, and prints what a shell needs to submit jobs; `add` adds a node, and `down`
+ends them all; `status` says what there is. Ray's own `ray start --address` refuses to join a cluster that keeps to
+loopback, hence the process.
 """
 
+import itertools
 import json
 import os
 import secrets
@@ -95,6 +97,24 @@ def status(folder: Path | None = None) -> None:
     _say(folder)
 
 
+def add(folder: Path | None = None) -> None:
+    """Add a node, as large as the others.
+
+    Args:
+      folder: for the cluster's state. Default: $DISTMAML_HOME/cluster, else ~/distmaml/cluster.
+    """
+    folder = _folder(folder)
+    if not _state_file(folder).exists():
+        raise Failed(f"no cluster runs from {folder}: cluster/local.sh up.")
+    before = json.loads(_state_file(folder).read_text())["added"]
+    _processes(folder)[0].send_signal(signal.SIGUSR1)
+    deadline = time.monotonic() + START_SECONDS
+    while json.loads(_state_file(folder).read_text())["added"] == before:
+        if time.monotonic() > deadline:
+            raise Failed(f"no node came in {START_SECONDS} s; {folder / 'cluster.log'} may say why.")
+        time.sleep(0.1)
+
+
 def down(folder: Path | None = None) -> None:
     """End the cluster and whatever runs on it. What jobs have written stays.
 
@@ -111,21 +131,26 @@ def down(folder: Path | None = None) -> None:
 def serve(num_nodes: int, cpus_per_node: int, dashboard_port: int, mlflow_port: int, folder: Path) -> None:
     """Hold the cluster until SIGTERM; `up` starts this in the background."""
     signal.signal(signal.SIGTERM, lambda *_: sys.exit())  # what Ray sets it to later does the same
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGUSR1})  # of `add`: waited for below
     mlflow = start_mlflow(folder, mlflow_port)
     cluster = start_ray(num_nodes, cpus_per_node, dashboard_port)
     try:
         _wait_until_ready(mlflow, mlflow_port)
-        state = {
-            "dashboard": f"http://127.0.0.1:{dashboard_port}",
-            "ray": cluster.address,
-            "mlflow": f"http://127.0.0.1:{mlflow_port}",
-            "nodes": f"{num_nodes} nodes of {cpus_per_node} CPUs",
-        }
-        partial = _state_file(folder).with_suffix(".partial")
-        partial.write_text(json.dumps(state))
-        partial.rename(_state_file(folder))
-        mlflow.wait()
-        print("the MLflow server has ended; its log is mlflow.log", file=sys.stderr)
+        for added in itertools.count():
+            state = {
+                "dashboard": f"http://127.0.0.1:{dashboard_port}",
+                "ray": cluster.address,
+                "mlflow": f"http://127.0.0.1:{mlflow_port}",
+                "nodes": f"{num_nodes + added} nodes of {cpus_per_node} CPUs",
+                "added": added,
+            }
+            partial = _state_file(folder).with_suffix(".partial")
+            partial.write_text(json.dumps(state))
+            partial.rename(_state_file(folder))
+            while signal.sigtimedwait([signal.SIGUSR1], 1.0) is None:
+                if mlflow.poll() is not None:
+                    raise Failed("the MLflow server has ended; its log is mlflow.log.")
+            add_node(cluster, cpus_per_node)
     finally:
         mlflow.terminate()
         cluster.shutdown()
@@ -151,12 +176,12 @@ def add_node(cluster: Any, num_cpus: int) -> Any:
 
 
 def start_mlflow(folder: Path, port: int) -> subprocess.Popen[bytes]:
-    """An MLflow server over a database in a folder."""
+    """An MLflow server over $MLFLOW_BACKEND_STORE_URI, or over a database in the folder."""
     command = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(port), "--workers", "1"]
     command += ["--artifacts-destination", str(folder / "mlartifacts")]
     command += ["--allowed-hosts", f"127.0.0.1:{port},localhost:{port}"]
     settings = {
-        "MLFLOW_BACKEND_STORE_URI": f"sqlite:///{folder / 'mlflow.db'}",
+        "MLFLOW_BACKEND_STORE_URI": os.environ.get("MLFLOW_BACKEND_STORE_URI", f"sqlite:///{folder / 'mlflow.db'}"),
         "MLFLOW_DISABLE_TELEMETRY": "true",
         "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",
     }
@@ -275,7 +300,7 @@ def _free_port() -> int:
 
 if __name__ == "__main__":
     try:
-        tyro.extras.subcommand_cli_from_dict({"up": up, "down": down, "status": status, "serve": serve})
+        tyro.extras.subcommand_cli_from_dict({"up": up, "add": add, "down": down, "status": status, "serve": serve})
     except Failed as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)

@@ -16,6 +16,7 @@ from typing import Any, TypeVar
 import torch
 
 from distmaml.errors import ClusterError, DistmamlError, first_line
+from distmaml.ray_cluster import cluster_resources
 from distmaml.worker import Worker
 
 log = logging.getLogger("distmaml")
@@ -286,20 +287,16 @@ def _of_ray(error: object) -> bool:
 
 
 def _check_room(num_workers: int, gpus_per_worker: float) -> None:
-    """Refuses what the cluster can never carry, also when its autoscaler has started all that it may start."""
-    import ray
-    from ray._private.state import state
-
-    most = state.get_max_resources_from_cluster_config() or {}
+    """Refuses what the cluster can never carry."""
+    resources = cluster_resources()
     for kind, each in (("CPU", 1.0), ("GPU", gpus_per_worker)):
-        has = max(ray.cluster_resources().get(kind, 0.0), most.get(kind, 0.0))
+        has = resources.get(kind, 0.0)
         if kind == "GPU" and each and not has:
             raise ClusterError("the cluster has no GPU. Leave --use-gpu at auto, or add nodes with GPUs.")
         if each * num_workers > has:
             raise ClusterError(
-                f"{num_workers} workers need {each * num_workers:g} {kind}s, and the cluster "
-                f"{'can have' if most else 'has'} {has:g}. Lower --num-workers"
-                f"{' or --gpus-per-worker' if kind == 'GPU' else ''}, or add nodes."
+                f"{num_workers} workers need {each * num_workers:g} {kind}s, and the cluster has {has:g}. Lower "
+                f"--num-workers{' or --gpus-per-worker' if kind == 'GPU' else ''}, or add nodes."
             )
 
 

@@ -56,7 +56,7 @@ def connect(
       environment: variables of all processes that this connection starts, unless they bring their own.
 
     Yields:
-      What the cluster has: ``{"CPU": 2.0, "GPU": 0.0, ...}``.
+      What the cluster has, or can have: ``{"CPU": 2.0, "GPU": 0.0, ...}``.
 
     Raises:
       ClusterError: nothing answers at the address, or it wants another token.
@@ -109,7 +109,7 @@ def _connected(address: str, options: Mapping[str, Any]) -> Iterator[Mapping[str
     try:
         _init(f"at {address}", handlers, address=address, **options)
         with _found_by_ray_train(ray):
-            yield ray.cluster_resources()
+            yield cluster_resources()
     finally:
         _shut_down(handlers)
 
@@ -128,7 +128,7 @@ def _started(num_cpus: int, options: Mapping[str, Any]) -> Iterator[Mapping[str,
         with _environment({"RAY_TMPDIR": str(folder)}):
             _init("on this machine", handlers, num_cpus=num_cpus, include_dashboard=True, **options)
         with _found_by_ray_train(ray):
-            yield ray.cluster_resources()
+            yield cluster_resources()
     except ClusterError as error:
         if error.__cause__ is None:
             raise
@@ -138,6 +138,15 @@ def _started(num_cpus: int, options: Mapping[str, Any]) -> Iterator[Mapping[str,
         _shut_down(handlers)
         if not keep:
             shutil.rmtree(folder, ignore_errors=True)
+
+
+def cluster_resources() -> dict[str, float]:
+    """What the cluster has, or can have when its autoscaler has started all nodes that it may start."""
+    import ray
+    from ray._private.state import state
+
+    now, most = ray.cluster_resources(), state.get_max_resources_from_cluster_config() or {}
+    return {kind: max(now.get(kind, 0.0), most.get(kind, 0.0)) for kind in {**now, **most}}
 
 
 def _found_by_ray_train(ray: Any) -> AbstractContextManager[None]:

@@ -8,7 +8,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 import psutil
@@ -75,14 +75,15 @@ def output_dir(prepared: Path, tmp_path: Path) -> Path:
 class Job:
     """A command in a process group of its own, as from a shell, whose Ray is told from all others by its folder."""
 
-    def __init__(self, arguments: list[str], folder: Path, ray_folder: Path) -> None:
-        self._out, self._ray_folder = folder / f"{secrets.token_hex(4)}.out", ray_folder
+    def __init__(self, arguments: list[str], folder: Path, ray_folder: Path, environment: Mapping[str, str]) -> None:
+        self._ray_folder = ray_folder
         ray_folder.mkdir(parents=True)
+        self._out = ray_folder.with_suffix(".out")
         with self._out.open("wb") as out:
             self.process = subprocess.Popen(
                 [sys.executable, *arguments],
                 cwd=folder,
-                env={**os.environ, "RAY_TMPDIR": str(ray_folder)},
+                env={**os.environ, "RAY_TMPDIR": str(ray_folder), **environment},
                 stdout=out,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
@@ -145,9 +146,10 @@ def start_job() -> Iterator[StartJob]:
     """Starts ``python jobs/NAME.py ARGUMENTS`` in a folder."""
     started: list[Job] = []
 
-    def start(name: str, *arguments: str, folder: Path) -> Job:
+    def start(name: str, *arguments: str, folder: Path, environment: Mapping[str, str] = {}) -> Job:
         ray_folder = Path(os.environ["RAY_TMPDIR"]) / f"j{len(started)}-{secrets.token_hex(2)}"
-        started.append(Job([str(REPOSITORY / "jobs" / f"{name}.py"), *arguments], folder, ray_folder))
+        command = [str(REPOSITORY / "jobs" / f"{name}.py"), *arguments]
+        started.append(Job(command, folder, ray_folder, environment))
         return started[-1]
 
     yield start
