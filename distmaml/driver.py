@@ -98,6 +98,7 @@ def _train(config: Config, interrupt: Interrupt) -> Outcome:
 
 def train_and_test(config: Config, worker: Worker) -> tuple[dict[str, float], Evaluated | None]:
     """What each worker of a run does."""
+    preflight.check_shared(config)
     metrics = loop.train(config, worker)
     return metrics, loop.evaluate(config, worker) if config.evaluation.num_test_episodes else None
 

@@ -34,9 +34,9 @@ WORKER_ENVIRONMENT = {
 }
 RESIZE_SECONDS = 20.0
 """Between two looks of an elastic run whether there is room for more workers."""
-# Ray's default for both is to try without end. What ends them here is `node_timeout`, and for preemptions this number.
-_START_FAILURES = 10_000
-_PREEMPTIONS = 1_000
+_MOST_PREEMPTIONS = 1_000
+_TRIES = 100_000
+"""Ray Train's own counts reach no end: what ends a run are the counts and times that are kept here."""
 _LOOK_SECONDS = 2.0
 """Between two looks whether the node of a worker has been told to go."""
 
@@ -107,14 +107,12 @@ def fit(
                 # A controller that was killed may have left half a snapshot there, which no other could read.
                 storage_path=str(storage_path / str(attempt)),
                 failure_config=ray.train.FailureConfig(
-                    max_failures=max_failures,
-                    controller_failure_limit=_START_FAILURES,
-                    max_preemption_failures=_PREEMPTIONS,
+                    max_failures=_TRIES, controller_failure_limit=_TRIES, max_preemption_failures=_TRIES
                 ),
                 worker_runtime_env={"env_vars": worker_environment()},
                 logging_config=ray.train.LoggingConfig(log_level="ERROR"),  # it warns of every crash with a traceback
                 callbacks=[
-                    _stop_on_purpose(),
+                    _after_failures(max_failures - attempt),
                     _between_groups(least, gpus_per_worker, node_timeout, before_resize),
                     *callbacks,
                 ],
@@ -143,9 +141,7 @@ def _fit(trainer: Callable[[int], Any], max_failures: int) -> Any:
             if isinstance(failure, ray.exceptions.RayError) and remaining > 0:
                 log.warning("Ray Train failed (%s); it is started again.", _in_short(failure))
                 continue
-            raise ClusterError(
-                f"the workers failed more than {max_failures} times; the last error was: {_in_short(_cause(error))}."
-            ) from error
+            raise _failed_too_often(max_failures, _cause(error)) from error
     raise AssertionError("the last round returns or raises")
 
 
@@ -192,12 +188,11 @@ class RayWorker:
     def _watch_node(self) -> None:
         """What `ray.train.get_preemption_info` would tell; that is a barrier of 5 to 10 ms, and a process more."""
         import ray
-        from ray._private.state import state
 
         node = ray.get_runtime_context().get_node_id()
         while not self._leaving.is_set():
             with contextlib.suppress(Exception):  # the head may be away for a moment, and training does not need it
-                if node in state.get_draining_nodes():
+                if node in _draining_nodes():
                     self._leaving.set()
             time.sleep(_LOOK_SECONDS)
 
@@ -205,19 +200,46 @@ class RayWorker:
 # ---------------------------------------------------------------------------------------------- failures
 
 
-def _stop_on_purpose() -> Any:
+def _after_failures(max_failures: int) -> Any:
     from ray.train import ControllerError, UserCallback
 
-    class StopOnPurpose(UserCallback):  # type: ignore[misc, unused-ignore]
-        """Raised in the controller, an exception ends a run at once, where a worker's would start it again."""
+    class AfterFailures(UserCallback):  # type: ignore[misc, unused-ignore]
+        """Says which failures of workers are tried again.
+
+        Raised in the controller, an exception ends a run at once, where a worker's would start it again; as a
+        ControllerError it is not logged with its traceback.
+        """
+
+        def __init__(self) -> None:
+            self._failures = self._preemptions = 0
 
         def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:
-            errors = sorted(worker_exceptions.values(), key=_kind)
-            if _kind(errors[0]) in (_Kind.ON_PURPOSE, _Kind.MISTAKE):
-                raise ControllerError(errors[0])  # any other type would be logged with its traceback
-            log.warning("A worker failed (%s); all start from the last checkpoint.", _in_short(errors[0]))
+            error = min(worker_exceptions.values(), key=_kind)
+            if _kind(error) in (_Kind.ON_PURPOSE, _Kind.MISTAKE):
+                raise ControllerError(error)
+            # Ray Train takes what the survivors of a node say for a failure, also where the node had said that it goes.
+            if _draining_nodes() and self._preemptions < _MOST_PREEMPTIONS:
+                self._preemptions += 1
+                log.warning("A node has gone, as it had said; all start from the last checkpoint.")
+                return
+            self._failures += 1
+            if self._failures > max_failures:
+                raise ControllerError(_failed_too_often(max_failures, error))
+            log.warning("A worker failed (%s); all start from the last checkpoint.", _in_short(error))
 
-    return StopOnPurpose()
+    return AfterFailures()
+
+
+def _draining_nodes() -> dict[str, int]:
+    """The nodes that have been told to go."""
+    from ray._private.state import state  # holds a connection, so nothing that is sent to another process may hold it
+
+    found: dict[str, int] = state.get_draining_nodes()
+    return found
+
+
+def _failed_too_often(max_failures: int, error: BaseException) -> ClusterError:
+    return ClusterError(f"the workers failed more than {max_failures} times; the last error was: {_in_short(error)}.")
 
 
 def _between_groups(

@@ -1,9 +1,11 @@
 """Everything about a training run that can be known to be wrong before a cluster is started."""
 
+import json
 import logging
 import os
 import secrets
 import shutil
+import socket
 import tempfile
 import time
 from collections.abc import Iterator
@@ -91,6 +93,28 @@ def check_output(folder: Path) -> None:
             f"{folder} has {free / 2**20:.0f} MiB of free space; a run wants {LEAST_BYTES / 2**20:.0f} MiB or more. "
             "Make room, or name another folder by --output-dir."
         )
+
+
+def check_shared(config: Config) -> None:
+    """Refuses, in a worker, a run's folder that is not the one that the driver has written to.
+
+    Raises:
+      RunError: another folder under the same path, on a disk of this node alone; or one that cannot be written.
+    """
+    folder = paths.run_folder(config)
+    here = f"the node {socket.gethostname()}"
+    way_out = "Name a folder by --output-dir that all nodes see and may write, on a disk that they share."
+    try:
+        seen = json.loads(paths.config_file(folder).read_text())
+    except (OSError, ValueError) as error:
+        raise RunError(f"{here} does not see the run in {folder} ({error}). {way_out}") from error
+    if seen != to_json(config):
+        raise RunError(f"{here} has another run of that name in {folder}. {way_out}")
+    try:
+        with tempfile.NamedTemporaryFile(dir=folder) as file:
+            file.write(b"x")
+    except OSError as error:
+        raise RunError(f"{here} cannot write in {folder} ({error}). {way_out}") from error
 
 
 # ------------------------------------------------------------------------------------------ an earlier run

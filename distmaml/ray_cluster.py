@@ -10,6 +10,7 @@ import secrets
 import shutil
 import signal
 import socket
+import subprocess
 import sys
 import tempfile
 import threading
@@ -37,7 +38,8 @@ _LOCAL_ENVIRONMENT = {
     "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",  # all ports on 127.0.0.1 only
     "RAY_AUTH_MODE": "token",
 }
-PROBE_SECONDS = 5.0
+CONNECT_SECONDS = 5.0
+PROBE_SECONDS = 30.0
 _LONGEST_TEMPORARY_PATH = 35  # Ray puts 65 characters behind it, and a socket's path may have 107
 
 
@@ -83,22 +85,75 @@ def is_local(address: str | None) -> bool:
 
 
 def check_address(address: str | None) -> None:
-    """Looks whether anything answers where a cluster should be; Ray itself waits half a minute and more for it.
+    """Looks whether a cluster that takes us is where one should be.
+
+    Ray itself would wait for minutes, and print again and again what for; so a process of its own tries it first, for
+    some seconds. Inside a submitted job the cluster is known to be there.
 
     Raises:
-      ClusterError: nothing does.
+      ClusterError: it is no address, nothing answers there, something else does, or a cluster that wants another token
+        or another version of Ray.
     """
-    found = address or os.environ.get("RAY_ADDRESS") or ""
-    host, _, port = found.rpartition(":")
-    if "://" in found or not host or not port.isdecimal():
+    found = address or os.environ.get("RAY_ADDRESS")
+    if not found or "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ:
         return
-    try:
-        socket.create_connection((host.strip("[]"), int(port)), timeout=PROBE_SECONDS).close()
-    except (OSError, OverflowError) as error:
+    if found != "auto":
+        _check_host_and_port(found)
+    command = [sys.executable, "-c", _PROBE, found]
+    # Whatever it prints is for us alone. Its Ray starts nothing, so it may be killed.
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as probe:
+        limit = threading.Timer(PROBE_SECONDS, probe.kill)
+        limit.start()
+        said = []
+        for line in probe.stdout or ():
+            said.append(line.strip())
+            if "InvalidAuthToken" in line:  # which it would say once a second
+                probe.kill()
+        limit.cancel()
+    text = " ".join(said)
+    if "InvalidAuthToken" in text or "AuthenticationError" in text:
         raise ClusterError(
-            f"no Ray cluster at {found} ({error}). Check --address (host:port of its head, 6379 by default); leave it "
-            "out to start a cluster on this machine."
-        ) from None
+            f"the Ray cluster at {found} wants its token, and got none or another one. Set RAY_AUTH_MODE=token, and "
+            "RAY_AUTH_TOKEN_PATH to a file that holds it (or RAY_AUTH_TOKEN)."
+        )
+    if "Version mismatch" in text:
+        raise ClusterError(
+            f"the Ray cluster at {found} has other versions than this process ({text.partition('mismatch: ')[2]}). "
+            "Install the same on both."
+        )
+    if probe.returncode != 0:
+        reason = "what answers there is none" if probe.returncode < 0 else said[-1] if said else "no answer"
+        raise ClusterError(_no_cluster(found, reason))
+
+
+_PROBE = """
+import logging, sys
+import ray
+try:
+    ray.init(sys.argv[1], logging_level=logging.ERROR, log_to_driver=False)
+except Exception as error:
+    sys.exit(f"{type(error).__name__}: {error}")
+"""
+
+
+def _check_host_and_port(address: str) -> None:
+    host, _, port = address.rpartition(":")
+    if "://" in address or not host or not port.isdecimal():
+        raise ClusterError(
+            f"address={address!r} is not that of a Ray cluster: host:port of its head, 6379 by default. To a dashboard "
+            "(http://...:8265) jobs are submitted by `ray job submit`."
+        )
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=CONNECT_SECONDS).close()
+    except (OSError, OverflowError) as error:
+        raise ClusterError(_no_cluster(address, str(error))) from None
+
+
+def _no_cluster(address: str, reason: str) -> str:
+    return (
+        f"no Ray cluster at {address} ({reason}). Check --address (host:port of its head, 6379 by default); leave it "
+        "out to start a cluster on this machine."
+    )
 
 
 @contextmanager
@@ -159,7 +214,7 @@ def _init(where: str, handlers: Mapping[int, Any], **options: Any) -> None:
 
     try:
         ray.init(**options, logging_level=logging.WARNING, log_to_driver=True)
-    except (ConnectionError, RuntimeError, ValueError) as error:
+    except (ConnectionError, RuntimeError, ValueError, ray.exceptions.RayError) as error:
         raise ClusterError(
             f"no Ray cluster {where} ({first_line(error)}). Check --address and RAY_AUTH_TOKEN; leave both out to "
             "start one here."

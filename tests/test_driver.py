@@ -426,6 +426,17 @@ def test_an_output_folder_that_cannot_be_written_is_named(tmp_path: Path) -> Non
         driver.train(sinusoid(tmp_path / "file" / "here"))
 
 
+@pytest.mark.usefixtures("locally")
+def test_a_worker_that_does_not_see_the_runs_folder_says_so_before_it_trains(output_dir: Path) -> None:
+    """As where every node has its own disk under that path."""
+    config = sinusoid(output_dir)
+    with pytest.raises(RunError, match=r"does not see the run in .*runs/sine .*No such file.*--output-dir"):
+        driver.train_and_test(config, LocalWorker())
+    driver.train(config)
+    with pytest.raises(RunError, match=r"has another run of that name in .*--output-dir"):
+        driver.train_and_test(override(config, {"seed": 5}), LocalWorker())
+
+
 @pytest.mark.usefixtures("no_cluster")
 def test_an_output_folder_without_room_is_named(output_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(shutil, "disk_usage", lambda _: type("Usage", (), {"free": 2**20}))

@@ -85,11 +85,10 @@ class LocalCluster:
         """Adds nodes, or ends them in order, until there are so many."""
         for raylet in self.raylets()[num_nodes:]:
             raylet.terminate()
-            raylet.wait(60)
         for _ in range(num_nodes - len(self.raylets())):
             self.command("add")
         deadline = time.monotonic() + 60
-        while self._alive() != num_nodes:
+        while self._alive() != num_nodes or len(self.raylets()) != num_nodes:
             assert time.monotonic() < deadline
             time.sleep(0.5)
 
@@ -167,14 +166,14 @@ class Run:
         self.folder, self._trace = output_dir / "runs" / name, trace
         self.broken_at = time.time()
 
-    def _sampled(self) -> list[tuple[float, int, int]]:
+    def sampled(self) -> list[tuple[float, int, int]]:
         """Time, process and number of each step whose tasks were sampled: while the step before it is computed."""
         lines = [line.split() for line in self._trace.read_text().splitlines()] if self._trace.exists() else []
         return [(float(when), int(pid), int(index) // META_BATCH_SIZE) for when, pid, index in lines]
 
     def wait_for_step(self, step: int, *, seconds: float = 200) -> None:
         """Waits until training has come so far."""
-        self.job.wait_for(lambda: any(s > step for _, _, s in self._sampled()), seconds=seconds)
+        self.job.wait_for(lambda: any(s > step for _, _, s in self.sampled()), seconds=seconds)
 
     def broken(self) -> None:
         """Notes that this is the time of a fault."""
@@ -197,7 +196,7 @@ class Run:
 
     def _generations(self) -> tuple[int, int, list[tuple[float, int]]]:
         """With which step the workers that came after the fault began, the last one of those before, and theirs."""
-        sampled = self._sampled()
+        sampled = self.sampled()
         old = {pid for when, pid, _ in sampled if when <= self.broken_at}
         new = [(when, step) for when, pid, step in sampled if pid not in old]
         last = max((step for _, pid, step in sampled if pid in old), default=0)
