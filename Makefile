@@ -6,7 +6,7 @@ export DISTMAML_HOME
 PORT ?= 5000
 SHELL := /bin/bash
 
-.PHONY: train tune test test-faults check ui clean
+.PHONY: train tune test test-faults fuzz check ui clean
 
 .venv/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
@@ -36,11 +36,15 @@ check: .venv/installed
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
-	$(BIN)/pytest -q -m 'not ray and not faults' -n 2 --dist loadfile
+	$(BIN)/pytest -q -m 'not (ray or slow or faults)' -n 2 --dist loadfile
 
 # One after the other: each of the rest wants all cores for itself.
 test: check
-	$(BIN)/pytest -q -m 'ray and not faults'
+	$(BIN)/pytest -q -m '(ray or slow) and not faults'
+
+# Damaged and hostile files before every reader; ten minutes.
+fuzz: .venv/installed
+	$(BIN)/python -m tests.fuzz --inputs 100000
 
 # Real processes, nodes and servers are killed, one after the other.
 test-faults: .venv/installed

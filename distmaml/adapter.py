@@ -5,7 +5,7 @@ adapted = model.adapt(Batch(images, labels))
 probabilities = adapted.predict(new_images)
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -184,27 +184,46 @@ def load(
         raise CheckpointError(f"{file} is a checkpoint but not a model: take the run's model.safetensors.")
     try:
         config = from_json(document["config"])
-        shapes = build.Shapes(tuple(document["shapes"]["input_shape"]), document["shapes"]["num_outputs"])
-        ink = bool((document["dataset"] or {}).get("ink", False))
         check(config)
-        if not all(type(size) is int and size > 0 for size in (*shapes.input_shape, shapes.num_outputs)):
-            raise ConfigError(f"the shapes {list(shapes.input_shape)} and {shapes.num_outputs} are none.")
-    except (KeyError, TypeError, AttributeError, ConfigError) as error:
-        raise CheckpointError(f"{file} is no model that this version can read: {error!r} in its header.") from None
+    except ConfigError as error:
+        raise CheckpointError(f"{file} is no model that this version can read: {error}") from None
+    shapes = build.Shapes(tuple(document["shapes"]["input_shape"]), document["shapes"]["num_outputs"])
+    if isinstance(config.task_options, ImageTaskOptions) and len(shapes.input_shape) != 3:
+        raise CheckpointError(
+            f"{file} is no model of images: its inputs have the shape {list(shapes.input_shape)[:9]}."
+        )
+    ink = document["dataset"] is not None and document["dataset"]["ink"]
     given = {"model": model, "objective": objective, "algorithm": algorithm}
     foreign = {kind: getattr(config, kind) for kind, own in given.items() if own is None}
     foreign = {kind: name for kind, name in foreign.items() if is_custom(name)}
     if foreign:
         raise ConfigError(
-            f"{file} was trained with {', '.join(foreign.values())}. A file may not say which code to run: give it "
-            f"yourself by load(path, {', '.join(f'{kind}=...' for kind in foreign)})."
+            f"{file} was trained with {', '.join(map(repr, foreign.values()))}. A file may not say which code to run: "
+            f"give it yourself by load(path, {', '.join(f'{kind}=...' for kind in foreign)})."
         )
     module = model() if model else None
     try:
+        if module is None and algorithm is None:
+            _check_size(config, shapes, tensors, objective)
         learner = build.learner(
             config, shapes, torch.device("cpu"), module=module, objective=objective, algorithm=algorithm
         )
         meta_params = load_meta_params(learner.meta_params, tensors)
-    except (TypeError, ValueError, RuntimeError, CheckpointError) as error:
-        raise CheckpointError(f"{file} does not fit its own configuration: {first_line(error)}.") from error
+    except (TypeError, ValueError, RuntimeError, ConfigError, CheckpointError) as error:
+        raise CheckpointError(f"{file} does not fit its own configuration: {first_line(error)[:500]}.") from error
     return FewShotModel(config, shapes, learner._replace(meta_params=meta_params), ink)
+
+
+def _check_size(
+    config: Config,
+    shapes: build.Shapes,
+    tensors: Mapping[str, Tensor],
+    objective: Callable[[nn.Module], Objective] | None,
+) -> None:
+    """That a file holds the parameters of the model that it describes, before memory is taken for them.
+
+    A header of a kilobyte can describe terabytes.
+    """
+    with torch.device("meta"):  # which knows shapes and has no numbers
+        described = build.learner(config, shapes, torch.device("meta"), objective=objective)
+    load_meta_params(described.meta_params, tensors)

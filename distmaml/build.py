@@ -150,7 +150,7 @@ def _pinned(config: Config) -> Path | None:
     if config.run.name is None:
         return None
     try:
-        path = Path(paths.pinned_store(paths.run_folder(config)).read_text().strip())
+        path = Path(os.fsdecode(paths.pinned_store(paths.run_folder(config)).read_bytes()).strip())
     except FileNotFoundError:
         return None
     return path if path.exists() else None

@@ -2,10 +2,14 @@
 
 A file is safetensors (https://github.com/huggingface/safetensors) with one JSON document in its header. One file and
 one rename make a checkpoint atomic on any file system.
+
+A file may come from anywhere. safetensors holds the sizes that a header names against the file before it makes a
+tensor; the document is held against `_FIELDS` here, so whoever reads it need not ask whether something is there.
 """
 
 import json
-from collections.abc import Mapping
+import reprlib
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +17,7 @@ import safetensors
 import safetensors.torch
 from torch import Tensor
 
-from distmaml.errors import CheckpointError, DamagedError
+from distmaml.errors import CheckpointError, DamagedError, first_line
 from distmaml.files import atomic_file, disk_errors
 
 FORMAT = 1
@@ -36,7 +40,7 @@ def load(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """The tensors, on the CPU, and the document that `save` wrote.
 
     Raises:
-      DamagedError: a truncated or foreign file.
+      DamagedError: a truncated or foreign file, or one whose document lacks what a run writes.
       CheckpointError: one that is missing, cannot be read, or has another format.
     """
     try:
@@ -47,14 +51,17 @@ def load(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         raise CheckpointError(f"there is no file {path}. Check the name.") from None
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read ({error}). Check its permissions and the disk.") from error
-    except (safetensors.SafetensorError, ValueError) as error:
-        raise DamagedError(f"{path} is damaged or not a safetensors file ({error}). Take another one.") from error
+    # TypeError and RuntimeError: torch, of a tensor without numbers whose shape it cannot count.
+    except (safetensors.SafetensorError, ValueError, TypeError, RuntimeError) as error:
+        reason = first_line(error)[:200]
+        raise DamagedError(f"{path} is damaged or not a safetensors file ({reason}). Take another one.") from error
     if not isinstance(document, dict) or "format" not in document:
         raise DamagedError(f"{path} was not written by distmaml: its header has no distmaml document.")
     if document["format"] != FORMAT:
         raise CheckpointError(
-            f"{path} has format {document['format']}; this version of distmaml reads format {FORMAT}."
+            f"{path} has format {_shown(document['format'])}; this version of distmaml reads format {FORMAT}."
         )
+    _check(path, document, _FIELDS)
     return tensors, document
 
 
@@ -71,16 +78,69 @@ def steps(folder: Path) -> list[int]:
 def newest(folder: Path) -> int | None:
     """The step of the newest whole checkpoint, or None. Damaged ones stay until the run gets there again.
 
+    A model in the place of a checkpoint counts as damaged: a run cannot go on from it.
+
     Raises:
       CheckpointError: there are checkpoints, and all are damaged, or one cannot be read.
     """
     found = steps(folder)
     for step in reversed(found):
         try:
-            load(path_of(folder, step))
+            _, document = load(path_of(folder, step))
+            _check(path_of(folder, step), document, _STATE)
         except DamagedError:
             continue
         return step
     if found:
         raise CheckpointError(f"all checkpoints in {folder} are damaged; start again under another name.")
     return None
+
+
+# -------------------------------------------------------------------------------------------- documents
+
+
+def _is_count(value: Any) -> bool:
+    return type(value) is int and 0 <= value < 2**63
+
+
+def _is_shapes(value: Any) -> bool:
+    if not isinstance(value, dict) or not isinstance(value.get("input_shape"), list):
+        return False
+    return all(_is_count(size) and size > 0 for size in [*value["input_shape"], value.get("num_outputs")])
+
+
+def _is_dataset(value: Any) -> bool:
+    if not isinstance(value, dict):
+        return value is None
+    return type(value.get("ink")) is bool and all(type(value.get(key)) is str for key in ("content_hash", "split_hash"))
+
+
+_Fields = dict[str, tuple[str, Callable[[Any], bool]]]
+
+_FIELDS: _Fields = {
+    "step": ("a whole number", _is_count),
+    "config": ("a table of names and values", lambda value: isinstance(value, dict)),
+    "shapes": ("input_shape, a list of sizes, and num_outputs, a size", _is_shapes),
+    "dataset": ("the content_hash, the split_hash and the ink of a store, or none", _is_dataset),
+}
+"""What the document of each file says, of a checkpoint and of a model."""
+
+_STATE: _Fields = {
+    "best": ("a number or none", lambda value: value is None or type(value) in (int, float)),
+    "stale": ("a whole number", _is_count),
+}
+"""What that of a checkpoint says besides."""
+
+
+def _check(path: Path, document: Mapping[str, Any], fields: _Fields) -> None:
+    for name, (described, holds) in fields.items():
+        if name not in document or not holds(document[name]):
+            found = _shown(document[name]) if name in document else "missing"
+            raise DamagedError(
+                f"{path} is damaged or of another kind: {name!r} in its header is {found}, but must be {described}. "
+                "Take another one."
+            )
+
+
+def _shown(value: Any) -> str:
+    return reprlib.repr(value)[:60]

@@ -10,6 +10,7 @@ names a user's own, whose arguments come as plain keyword arguments from the mat
 
 import dataclasses
 import json
+import reprlib
 import types
 import typing
 from collections.abc import Mapping
@@ -17,7 +18,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
-from distmaml.errors import ConfigError, unknown
+from distmaml.errors import ConfigError, first_line, unknown
 
 Scalar: TypeAlias = int | float | bool | str  # the command line takes the first that fits
 
@@ -376,7 +377,7 @@ def from_json(values: Mapping[str, Any]) -> Config:
     hints = _hints(config)
     for name in values:
         if name not in hints:
-            raise ConfigError(unknown("option", name, hints))
+            raise ConfigError(unknown("option", name[:60], hints))
     return override(config, {name: typed(name, value, hints[name]) for name, value in values.items()})
 
 
@@ -408,8 +409,10 @@ def typed(name: str, value: Any, hint: Any) -> Any:
     """The JSON value of a field as the annotated type.
 
     Raises:
-      ConfigError: it is of another type.
+      ConfigError: it is of another type, or a text that can be no name of a file.
     """
+    if isinstance(value, str) and not _is_writable(value):
+        raise ConfigError(f"{name}={_shown(value)} holds characters that no name may hold. Write it anew.")
     for option in typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,):
         origin, inner = typing.get_origin(option), typing.get_args(option)
         if option is type(None) and value is None:
@@ -426,8 +429,23 @@ def typed(name: str, value: Any, hint: Any) -> Any:
         if origin is tuple and isinstance(value, list | tuple):
             return tuple(typed(name, element, inner[0]) for element in value)
         if origin is dict and isinstance(value, dict):
-            return {key: typed(name, element, inner[1]) for key, element in value.items()}
-    raise ConfigError(f"{name}={repr(value)[:60]} must be {_in_words(hint)}.")
+            return {typed(name, key, str): typed(name, element, inner[1]) for key, element in value.items()}
+    raise ConfigError(f"{name}={_shown(value)} must be {_in_words(hint)}.")
+
+
+def _is_writable(text: str) -> bool:
+    """Whether a text can be written: JSON may hold halves of characters. The name of a file need not be Unicode."""
+    try:
+        return b"\0" not in text.encode(errors="surrogateescape")
+    except UnicodeEncodeError:
+        return False
+
+
+def _shown(value: Any) -> str:
+    """The beginning of a value, which may be long and deep where a file says so."""
+    short = reprlib.Repr()
+    short.maxstring = short.maxlong = short.maxother = 100
+    return short.repr(value)[:60]
 
 
 def _in_words(hint: Any) -> str:
@@ -457,7 +475,12 @@ result the same to the last bit. More outer steps stretch the schedule: a cosine
 def changes(before: Mapping[str, Any], config: Config) -> list[str]:
     """What stands between an earlier configuration, from `to_json`, and going on with it: "inner_lr=0.1 (was 0.4)"."""
     now = to_json(config)
-    return [f"{k}={now[k]!r} (was {before.get(k)!r})" for k in now if k not in MAY_CHANGE and before.get(k) != now[k]]
+    different = [name for name in now if name not in MAY_CHANGE and before.get(name) != now[name]]
+    return [f"{name}={now[name]!r} (was {_shown(before.get(name))})" for name in different]
+
+
+MOST_BYTES = 1 << 20
+"""Of a configuration in a file; a whole one has less than 4 KiB."""
 
 
 def read(file: Path) -> Config:
@@ -467,9 +490,11 @@ def read(file: Path) -> Config:
       ConfigError: a missing or damaged file, or one with other fields.
     """
     try:
-        values = json.loads(file.read_text())
+        with file.open("rb") as opened:
+            text = opened.read(MOST_BYTES + 1)
+        values = json.loads(text) if len(text) <= MOST_BYTES else None
     except (OSError, ValueError, RecursionError) as error:
-        raise ConfigError(f"{file} cannot be read ({error}). Take another one.") from error
+        raise ConfigError(f"{file} cannot be read ({first_line(error)}). Take another one.") from error
     if not isinstance(values, dict):
         raise ConfigError(f"{file} is damaged: it holds no configuration. Take another one.")
     try:

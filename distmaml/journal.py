@@ -11,7 +11,7 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
 from distmaml.errors import RunError
 
@@ -89,8 +89,8 @@ class Journal:
                 self._take(json.loads(line))
             except (ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
                 raise RunError(
-                    f"line {number} of {file} is damaged ({error!r}). Remove the lines from there on to go on from "
-                    "what is before it, or search under another name."
+                    f"line {number} of {file} is damaged ({error!r:.200}). Remove the lines from there on to go on "
+                    "from what is before it, or search under another name."
                 ) from error
         self._length: int | None = sum(len(line) for line in whole)  # without a torn line, which the first write drops
 
@@ -125,34 +125,61 @@ class Journal:
 
     def _take(self, entry: Mapping[str, Any]) -> None:
         if entry["kind"] == "moved":
-            step, moves = int(entry["step"]), [Move(**move) for move in entry["moves"]]
+            step, moves = _count(entry["step"]), [self._move(**move) for move in entry["moves"]]
             for move in moves:
                 trial = self.trials[move.trial]
                 trial.earlier.append((step, trial.values))
-                trial.values = dict(move.values)
+                trial.values = move.values
             self.moves[step] = tuple(moves)
             return
-        number = int(entry["trial"])
+        number = _count(entry["trial"])
         if entry["kind"] == "started":
-            self.trials.setdefault(number, History(number, dict(entry["values"]))).state = "running"
+            self.trials.setdefault(number, History(number, _values(entry["values"]))).state = "running"
             return
         trial = self.trials[number]
         if entry["kind"] == "reported":
-            step, value = int(entry["step"]), float(entry["value"])
+            step, value = _count(entry["step"]), _number(entry["value"])
             if step > trial.step:
                 trial.results.append((step, value))
                 self.results.append((number, step, value))
-        else:
-            trial.state, trial.reason = entry["state"], entry["reason"]
+        elif entry["kind"] == "ended" and entry["state"] in get_args(State):
+            trial.state, trial.reason = entry["state"], None if entry["reason"] is None else str(entry["reason"])
             if trial.state != "lost":
                 self.ended.append(number)
+        else:
+            raise ValueError("neither started, nor reported, nor moved, nor ended in a way that is known")
+
+    def _move(self, trial: Any, donor: Any, values: Any) -> Move:
+        move = Move(_count(trial), _count(donor), _values(values))
+        if move.donor not in self.trials or move.trial == move.donor:
+            raise ValueError(f"a trial cannot go on as {move.donor}")
+        return move
 
     def _whole_lines(self) -> list[bytes]:
         try:
-            return [line for line in self._file.read_bytes().splitlines(keepends=True) if line.endswith(b"\n")]
+            *whole, _torn = self._file.read_bytes().split(b"\n")
         except FileNotFoundError:
             return []
         except OSError as error:
             raise RunError(
                 f"{self._file} cannot be read ({error}). Bring it back, or search under another name."
             ) from None
+        return [line + b"\n" for line in whole]
+
+
+def _count(value: Any) -> int:
+    if type(value) is not int or not 0 <= value < 2**63:
+        raise ValueError(f"{value!r:.40} is no whole number, 0 or more")
+    return value
+
+
+def _number(value: Any) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise ValueError(f"{value!r:.40} is no number")
+    return float(value)
+
+
+def _values(value: Any) -> dict[str, Any]:
+    if not isinstance(value, dict):
+        raise ValueError(f"{value!r:.40} is no table of names and values")
+    return dict(value)

@@ -36,7 +36,7 @@ def check(config: Config) -> None:
     valid = re.fullmatch(r"\d{1,9}(:\d{1,9})?", num_workers)
     if not valid or not 1 <= config.cluster.team[0] <= config.cluster.team[1]:
         raise ConfigError(
-            f"num_workers={num_workers[:40]} must be 1 or more, or LEAST:MOST, as in 2:8, for as many as there is "
+            f"num_workers={num_workers!r:.40} must be 1 or more, or LEAST:MOST, as in 2:8, for as many as there is "
             "room for."
         )
     for name in ("num_inner_steps", "num_eval_steps"):

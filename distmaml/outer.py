@@ -143,26 +143,36 @@ def _entries(state: OuterState) -> Iterator[tuple[str, Tensor]]:
             yield f"optimizer/{key}/{name}", torch.as_tensor(value)
 
 
+_KEPT_BY: dict[type[torch.optim.Optimizer], tuple[str, ...]] = {
+    torch.optim.SGD: (),
+    torch.optim.Adam: ("step", "exp_avg", "exp_avg_sq"),
+    torch.optim.AdamW: ("step", "exp_avg", "exp_avg_sq"),
+}
+"""What an optimiser keeps of each parameter: the number of its steps, and moments of the parameter's shape."""
+
+
 def load_named_state(state: OuterState, tensors: Mapping[str, Tensor]) -> None:
     """Puts what `named_state` gave back, in place.
 
     Raises:
-      CheckpointError: the parameters are those of another model.
+      CheckpointError: the parameters are those of another model, or the rest is not what this optimizer keeps.
     """
     found = named_leaves(load_meta_params(state.meta_params, tensors, prefix=META_PARAMS))
-    optimizer_state: dict[int, dict[str, Tensor]] = {}
+    keys = _KEPT_BY[type(state.optimizer)]
+    kept = {
+        f"optimizer/{key}/{name}": torch.zeros(()) if key == "step" else leaf
+        for name, leaf in found.items()
+        for key in keys
+    }
+    _check_alike(kept, {name: tensor for name, tensor in tensors.items() if name.startswith("optimizer/")})
     with torch.no_grad():
-        for index, (name, leaf) in enumerate(named_leaves(state.meta_params).items()):
+        for name, leaf in named_leaves(state.meta_params).items():
             leaf.copy_(found[name])
-            entries = {
-                key.split("/")[1]: value
-                for key, value in tensors.items()
-                if key.startswith("optimizer/") and key.split("/", 2)[2] == name
-            }
-            if entries:
-                optimizer_state[index] = entries
+    entries = {
+        index: {key: tensors[f"optimizer/{key}/{name}"] for key in keys} for index, name in enumerate(found) if keys
+    }
     groups = state.optimizer.state_dict()["param_groups"]
-    state.optimizer.load_state_dict({"state": optimizer_state, "param_groups": groups})
+    state.optimizer.load_state_dict({"state": entries, "param_groups": groups})
 
 
 def load_meta_params(like: MetaParams, tensors: Mapping[str, Tensor], *, prefix: str = "") -> MetaParams:
@@ -177,11 +187,17 @@ def load_meta_params(like: MetaParams, tensors: Mapping[str, Tensor], *, prefix:
     """
     expected = named_leaves(like)
     found = {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
+    _check_alike(expected, found)
+    return tree_unflatten(like, [found[name].to(leaf.device) for name, leaf in expected.items()])
+
+
+def _check_alike(expected: Mapping[str, Tensor], found: Mapping[str, Tensor]) -> None:
     for name in sorted({*expected, *found}):
         shapes = [list(tree[name].shape) if name in tree else None for tree in (found, expected)]
-        if shapes[0] != shapes[1]:
-            raise CheckpointError(
-                f"the file is of another model: its parameter {name!r} has the shape {shapes[0]}, and now it is "
-                f"{shapes[1]}. Take the model that it was made with, or train under another name."
-            )
-    return tree_unflatten(like, [found[name].to(leaf.device) for name, leaf in expected.items()])
+        types = [str(tree[name].dtype) if name in tree else None for tree in (found, expected)]
+        for what, (then, now) in (("shape", shapes), ("type", types)):
+            if then != now:
+                raise CheckpointError(
+                    f"the file is of another model: its parameter {name[:100]!r} has the {what} {then}, and now it is "
+                    f"{now}. Take the model that it was made with, or train under another name."
+                )

@@ -11,12 +11,16 @@ Imports no mlflow and knows nothing of it, nor of checkpoints beyond their steps
 """
 
 import json
+import re
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+from distmaml.errors import RunError
 from distmaml.files import write_text
+
+_NAME = re.compile(r"([0-9]{8,})-([0-9]{8,})\.jsonl")
 
 
 class Point(NamedTuple):
@@ -86,15 +90,30 @@ class SegmentWriter:
 
 
 def committed_step(folder: Path) -> int:
-    """The last committed outer step of a folder of segments; -1 before the first commit."""
+    """The last committed outer step of a folder of segments; -1 before the first commit.
+
+    Raises:
+      RunError: the file that says so is damaged.
+    """
+    file = folder / "committed"
     try:
-        return int((folder / "committed").read_text())
+        text = file.read_bytes()
     except FileNotFoundError:
         return -1
+    if not re.fullmatch(rb"[0-9]{1,18}\s*", text):
+        raise RunError(
+            f"{file} is damaged: it holds {text[:40]!r}, not an outer step. Remove it; going on with the run writes it "
+            "again, by its newest checkpoint."
+        )
+    return int(text)
 
 
 def committed_segments(folder: Path, after: int) -> list[Segment]:
-    """The committed segments that end after the step `after`, in order."""
+    """The committed segments that end after the step `after`, in order.
+
+    Raises:
+      RunError: as `committed_step`.
+    """
     committed = committed_step(folder)
     return [segment for segment in _all_segments(folder) if after < segment.end <= committed]
 
@@ -103,21 +122,30 @@ def read_points(segment: Segment) -> list[Point]:
     """The points of a segment.
 
     Raises:
-      ValueError: a line that is not a point; segments are written whole, so the file has been damaged since.
+      RunError: a line that is not a point of its steps; segments are written whole, so the file has been damaged since.
     """
     points = []
-    for number, line in enumerate(segment.path.read_text().splitlines(), start=1):
+    for number, line in enumerate(segment.path.read_bytes().splitlines(), start=1):
         try:
-            record = json.loads(line)
-            points.append(Point(int(record["step"]), int(record["timestamp_ms"]), dict(record["values"])))
-        except (ValueError, KeyError, TypeError) as error:
-            raise ValueError(f"line {number} of {segment.path} is not a point ({error!r}).") from error
+            points.append(_point(json.loads(line), segment))
+        except (ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
+            raise RunError(
+                f"line {number} of {segment.path} is not a point ({error!r:.200}). Remove the line; the point is lost."
+            ) from error
     return points
 
 
+def _point(record: Any, segment: Segment) -> Point:
+    step, timestamp_ms, values = record["step"], record["timestamp_ms"], record["values"]
+    if type(step) is not int or not segment.start <= step <= segment.end:
+        raise ValueError("a step outside the segment")
+    if type(timestamp_ms) is not int or not 0 <= timestamp_ms < 2**63:
+        raise ValueError("a time that is none")
+    if not isinstance(values, dict) or any(type(value) not in (int, float) for value in values.values()):
+        raise ValueError("values that are no numbers by name")
+    return Point(step, timestamp_ms, {key: float(value) for key, value in values.items()})
+
+
 def _all_segments(folder: Path) -> list[Segment]:
-    segments = []
-    for path in folder.glob("*.jsonl"):
-        start, _, end = path.stem.partition("-")
-        segments.append(Segment(int(start), int(end), path))
-    return sorted(segments)
+    named = [(_NAME.fullmatch(path.name), path) for path in folder.glob("*.jsonl")]
+    return sorted(Segment(int(match[1]), int(match[2]), path) for match, path in named if match)

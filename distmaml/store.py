@@ -1,14 +1,13 @@
-"""A class store: labelled uint8 images in one Arrow IPC file, written once and then memory-mapped.
+"""A class store: labelled uint8 images in one Arrow file, written once and then memory-mapped.
 
-The file holds a single record batch with a single column ``image`` of the type
-``fixed_shape_tensor<uint8, [channels, height, width]>``, so all images are one contiguous piece of the file that
-numpy views without a copy; every process of a machine shares its pages. Rows are sorted by class: the images of
-class ``c`` are the rows ``offsets[c]`` to ``offsets[c + 1]``. What the rows mean is one JSON object in the schema's
-metadata, under the key ``distmaml``.
+All images are one contiguous piece of the file that numpy views without a copy; every process of a machine shares its
+pages. Rows are sorted by class: the images of class ``c`` are the rows ``offsets[c]`` to ``offsets[c + 1]``. What the
+rows mean is one JSON object in the file's metadata.
+
+A store may come from anywhere. What it says is checked before anything of the size that it says is made; that its
+images are those that were written, `ClassStore.verify` checks.
 
 A store knows classes and splits; it knows nothing of episodes, data sets or torch.
-
-Format: https://arrow.apache.org/docs/format/Columnar.html#ipc-file-format
 """
 
 import contextlib
@@ -16,26 +15,27 @@ import hashlib
 import itertools
 import json
 import math
-import os
 import tempfile
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
-import pyarrow as pa
 
+from distmaml import arrow_file
+from distmaml.arrow_file import ArrowFile
 from distmaml.errors import DataError, first_line, unknown
 from distmaml.files import atomic_file, disk_errors
 from distmaml.remote import local_copy
 from distmaml.splits import SAMPLES, SPLITS
 
 FORMAT_VERSION = 1
+MAX_NAME = 200
+"""Characters in the name of a data set, which errors call it by."""
 
-_METADATA_KEY = b"distmaml"
-_MAGIC = b"ARROW1"
 _REBUILD = "Rebuild it with jobs/build_store.py."
 
 
@@ -217,23 +217,9 @@ def write_store(
         with disk_errors(path):
             waiting.flush()
             with atomic_file(path) as file:
-                _write_arrow(file, info, np.memmap(waiting, dtype=np.uint8, mode="r"))
+                metadata = _canonical({"format_version": FORMAT_VERSION, **vars(info)})
+                arrow_file.write(file, metadata, image_shape, np.memmap(waiting, dtype=np.uint8, mode="r"))
     return info
-
-
-def _write_arrow(file: BinaryIO, info: StoreInfo, pixels: npt.NDArray[np.uint8]) -> None:
-    metadata = {"format_version": FORMAT_VERSION, **vars(info)}
-    schema = _schema(info.image_shape).with_metadata({_METADATA_KEY: _canonical(metadata)})
-    values = pa.Array.from_buffers(pa.uint8(), len(pixels), [None, pa.py_buffer(pixels)])
-    storage = pa.FixedSizeListArray.from_arrays(values, math.prod(info.image_shape))
-    column = pa.ExtensionArray.from_storage(schema.field(0).type, storage)
-    # A second batch would cut the images in two; one batch of more than 2 GiB needs 64-bit lengths.
-    with pa.ipc.new_file(file, schema, options=pa.ipc.IpcWriteOptions(allow_64bit=True)) as writer:
-        writer.write_batch(pa.record_batch([column], schema=schema))
-
-
-def _schema(image_shape: tuple[int, int, int]) -> Any:
-    return pa.schema([pa.field("image", pa.fixed_shape_tensor(pa.uint8(), image_shape), nullable=False)])
 
 
 def _canonical(value: Any) -> bytes:
@@ -262,53 +248,23 @@ def open_store(uri: str | Path) -> ClassStore:
     """
     path = local_copy(uri) if isinstance(uri, str) and "://" in uri else Path(uri)
     try:
-        _check_frame(path)
-        reader = pa.ipc.open_file(pa.memory_map(str(path)))
-        info = _parse_info(reader.schema.metadata or {})
-        return ClassStore(info, _view_images(reader, info))
+        file = ArrowFile(path)
+        info = _parse_info(file.metadata())
+        images = file.images(info.image_shape)
+        if len(images) != info.offsets[-1]:
+            raise DataError(f"it holds {len(images)} images, its metadata say {info.offsets[-1]}.")
     except FileNotFoundError as error:
         raise DataError(f"no store at {path}. Build it with jobs/build_store.py.") from error
-    except (OSError, pa.ArrowException) as error:
+    except OSError as error:
         raise DataError(f"{path} cannot be read as a store: {first_line(error)}. {_REBUILD}") from error
     except DataError as error:
-        raise DataError(f"{path} is not a store that can be used: {error} {_REBUILD}") from error
+        raise DataError(f"{path} is not a store that can be used: {error!s:.500} {_REBUILD}") from error
+    return ClassStore(info, images)
 
 
-def _check_frame(path: Path) -> None:
-    """Magic bytes and footer length, before Arrow follows any pointer of a file that may be cut off."""
-    with path.open("rb") as file:
-        head = file.read(len(_MAGIC))
-        size = file.seek(0, os.SEEK_END)
-        if head != _MAGIC or size < 2 * len(_MAGIC) + 6:
-            raise DataError("it is not an Arrow file.")
-        file.seek(size - len(_MAGIC) - 4)
-        footer_length, tail = int.from_bytes(file.read(4), "little", signed=True), file.read()
-    if tail != _MAGIC or not 0 < footer_length <= size - 2 * len(_MAGIC) - 6:
-        raise DataError(f"it is truncated (it ends after {size} bytes without a footer).")
-
-
-def _view_images(reader: Any, info: StoreInfo) -> npt.NDArray[np.uint8]:
-    if reader.num_record_batches != 1 or reader.schema != _schema(info.image_shape):
-        raise DataError(f"it is not one batch of the uint8 images {info.image_shape} that its metadata say.")
-    batch = reader.get_batch(0)
-    batch.validate()
-    storage = batch.column(0).storage
-    num_bytes = info.offsets[-1] * math.prod(info.image_shape)
-    values = storage.values
-    buffer = values.buffers()[1]
-    if len(storage) != info.offsets[-1] or len(values) != num_bytes or buffer is None or buffer.size < num_bytes:
-        raise DataError(f"it holds {len(storage)} images, its metadata say {info.offsets[-1]}.")
-    if storage.null_count or values.null_count:
-        raise DataError("it holds images that are null.")
-    images: npt.NDArray[np.uint8] = np.frombuffer(buffer, dtype=np.uint8, count=num_bytes)
-    return images.reshape(-1, *info.image_shape)
-
-
-def _parse_info(metadata: Mapping[bytes, bytes]) -> StoreInfo:
-    if _METADATA_KEY not in metadata:
-        raise DataError("it has no distmaml metadata.")
+def _parse_info(metadata: bytes) -> StoreInfo:
     try:
-        values = json.loads(metadata[_METADATA_KEY])
+        values = json.loads(metadata)
     except (ValueError, RecursionError) as error:
         raise DataError(f"its metadata are not JSON: {first_line(error)}.") from error
     if not isinstance(values, dict):
@@ -367,24 +323,26 @@ _FIELDS: dict[str, tuple[str, Callable[[Any], bool]]] = {
 
 def _check_info(info: StoreInfo) -> None:
     """Consistency, for what is about to be written and for what was just read."""
+    if not info.name.isprintable() or len(info.name) > MAX_NAME:
+        raise DataError(f"the name {info.name[:MAX_NAME]!r} must be one line of at most {MAX_NAME} characters.")
     # Arrow counts the elements of one tensor in 31 bits.
     if min(info.image_shape) < 1 or math.prod(info.image_shape) >= 2**31:
         raise DataError(f"image_shape {info.image_shape} of {info.name} must be positive and below 2 GiB an image.")
     if not info.class_names:
         raise DataError(f"{info.name} has no classes; a store needs at least one.")
-    known = set(info.class_names)
-    if len(known) != len(info.class_names):
-        twice = next(name for index, name in enumerate(info.class_names) if name in info.class_names[:index])
+    counts = Counter(info.class_names)
+    twice, count = counts.most_common(1)[0]
+    if count > 1:
         raise DataError(f"class {twice!r} of {info.name} comes twice; class names must be distinct.")
     if len(info.offsets) != len(info.class_names) + 1 or info.offsets[0] != 0:
         raise DataError(f"the offsets of {info.name} must start at 0 and bound each of its classes.")
     if any(end <= start for start, end in itertools.pairwise(info.offsets)):
         raise DataError(f"the offsets of {info.name} must increase from class to class.")
     for scheme, parts in info.splits.items():
-        _check_scheme(info.name, scheme, parts, known)
+        _check_scheme(info.name, scheme, parts, counts.keys())
 
 
-def _check_scheme(store: str, scheme: str, parts: Mapping[str, Sequence[str]], known: set[str]) -> None:
+def _check_scheme(store: str, scheme: str, parts: Mapping[str, Sequence[str]], known: Set[str]) -> None:
     if scheme == SAMPLES:
         raise DataError(f"split scheme {SAMPLES!r} of {store} is reserved; every store has it. Choose another name.")
     if set(parts) != set(SPLITS) or not all(parts.values()):

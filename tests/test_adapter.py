@@ -205,6 +205,8 @@ def test_an_option_that_does_not_exist_is_refused(file: Path, tmp_path: Path) ->
         {"shapes": None},
         {"config": [1, 2]},
         {"config": {"num_filters": -4}},
+        {"config": {"objective": "clasification"}},
+        {"config": {"model": "mlp"}, "shapes": {"input_shape": [64], "num_outputs": 3}},
         {"dataset": 3},
     ],
     ids=str,
@@ -212,8 +214,36 @@ def test_an_option_that_does_not_exist_is_refused(file: Path, tmp_path: Path) ->
 def test_a_header_that_describes_no_model_is_refused(file: Path, tmp_path: Path, changes: dict[str, Any]) -> None:
     tensors, document = checkpoint.load(file)
     checkpoint.save(tmp_path / "x.safetensors", tensors, {**document, **changes})
-    with pytest.raises(CheckpointError, match=r"x\.safetensors (is no model|does not fit)"):
+    with pytest.raises(
+        CheckpointError, match=r"x\.safetensors (is no model|does not fit|is damaged or of another kind)"
+    ):
         adapter.load(tmp_path / "x.safetensors")
+
+
+_WITHIN = """
+import resource, sys
+import distmaml, torch
+from distmaml.errors import CheckpointError
+distmaml.load(sys.argv[1])
+in_use = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
+resource.setrlimit(resource.RLIMIT_AS, (in_use + 2**28, in_use + 2**28))
+try:
+    distmaml.load(sys.argv[2])
+except CheckpointError as error:
+    print(error)
+"""
+
+
+@pytest.mark.parametrize("num_filters", [20_000, 2**40])
+def test_a_model_larger_than_its_file_is_refused_before_memory_is_taken(
+    file: Path, tmp_path: Path, num_filters: int
+) -> None:
+    large = rewritten(file, tmp_path / "x.safetensors", num_filters=num_filters)
+    command = [sys.executable, "-c", _WITHIN, str(file), str(large)]
+    environment = {**os.environ, "PYTHONPATH": str(Path(adapter.__file__).parents[1])}
+    found = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+    assert "does not fit its own configuration" in found.stdout, found.stderr
+    assert "memory" not in found.stdout
 
 
 def test_a_fresh_process_needs_neither_ray_nor_mlflow_nor_the_data(file: Path, tmp_path: Path) -> None:

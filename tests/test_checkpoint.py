@@ -11,7 +11,7 @@ import safetensors.torch
 import torch
 
 from distmaml import checkpoint
-from distmaml.errors import CheckpointError, RunError
+from distmaml.errors import CheckpointError, DamagedError, RunError
 
 TENSORS = {
     "meta_params/w": torch.randn(3, 4),
@@ -19,7 +19,12 @@ TENSORS = {
     "optimizer/step/w": torch.tensor(7.0),
     "empty": torch.zeros(0, 3),
 }
-DOCUMENT = {"step": 3, "best": 0.1 + 0.2, "nested": {"name": "ünïcode", "none": None}}
+ORIGIN: dict[str, Any] = {
+    "config": {"recipe": "ünïcode", "clip_norm": None},
+    "shapes": {"input_shape": [1], "num_outputs": 1},
+    "dataset": None,
+}
+DOCUMENT = {"step": 3, "best": 0.1 + 0.2, "stale": 0, **ORIGIN}
 
 
 @pytest.fixture
@@ -37,7 +42,7 @@ def test_tensors_and_document_come_back_to_the_last_bit(path: Path) -> None:
 
 def test_transposed_and_graph_bearing_tensors_are_written(tmp_path: Path) -> None:
     weight = torch.randn(3, 4, requires_grad=True)
-    checkpoint.save(tmp_path / "x.safetensors", {"w": weight.T}, {})
+    checkpoint.save(tmp_path / "x.safetensors", {"w": weight.T}, DOCUMENT)
     assert torch.equal(checkpoint.load(tmp_path / "x.safetensors")[0]["w"], weight.detach().T)
 
 
@@ -76,6 +81,78 @@ def test_another_format_is_refused_by_its_number(tmp_path: Path) -> None:
         checkpoint.load(path)
 
 
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("step", None),
+        ("step", -1),
+        ("step", 2.0),
+        ("step", True),
+        ("step", 2**63),
+        ("config", ["maml"]),
+        ("shapes", {"input_shape": [1]}),
+        ("shapes", {"input_shape": [1, -8, 8], "num_outputs": 3}),
+        ("shapes", {"input_shape": [1], "num_outputs": "x"}),
+        ("dataset", {}),
+        ("dataset", {"content_hash": "0", "split_hash": 7, "ink": True}),
+        ("dataset", {"content_hash": "0", "split_hash": "7", "ink": 1}),
+    ],
+)
+def test_a_document_without_what_a_run_writes_is_refused_by_the_field(path: Path, field: str, value: Any) -> None:
+    checkpoint.save(path, TENSORS, {**DOCUMENT, field: value})
+    with pytest.raises(DamagedError, match=rf"'{field}' in its header is .*, but must be "):
+        checkpoint.load(path)
+    checkpoint.save(path, TENSORS, {name: value for name, value in DOCUMENT.items() if name != field})
+    with pytest.raises(DamagedError, match=rf"'{field}' in its header is missing"):
+        checkpoint.load(path)
+
+
+def test_what_an_error_shows_of_a_file_is_one_short_line(path: Path) -> None:
+    checkpoint.save(path, TENSORS, {**DOCUMENT, "step": ["\n" * 10_000] * 1000})
+    with pytest.raises(DamagedError) as caught:
+        checkpoint.load(path)
+    assert len(str(caught.value).removeprefix(str(path)).splitlines()) == 1
+    assert len(str(caught.value).removeprefix(str(path))) < 200
+
+
+def raw(path: Path, header: Any, data: bytes = b"") -> None:
+    """A safetensors file that says what it likes."""
+    text = json.dumps({"__metadata__": {"distmaml": json.dumps({"format": 1, **DOCUMENT})}, **header}).encode()
+    path.write_bytes(len(text).to_bytes(8, "little") + text + data)
+
+
+@pytest.mark.parametrize(
+    ("shape", "offsets"),
+    [
+        ([2**40, 2**10], [0, 2**52]),
+        ([2**62, 4], [0, 8]),
+        ([2**63, 0], [0, 0]),
+        ([-1], [0, 4]),
+        ([3], [0, 8]),
+        ([2], [4, 12]),
+        ([2], [8, 0]),
+    ],
+)
+def test_a_size_that_is_not_that_of_the_data_is_refused(path: Path, shape: list[int], offsets: list[int]) -> None:
+    raw(path, {"w": {"dtype": "F32", "shape": shape, "data_offsets": offsets}}, bytes(8))
+    with pytest.raises(DamagedError, match="damaged"):
+        checkpoint.load(path)
+
+
+def test_tensors_that_share_their_bytes_are_refused(path: Path) -> None:
+    one = {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}
+    raw(path, {"w": one, "v": one}, bytes(8))
+    with pytest.raises(DamagedError, match="damaged"):
+        checkpoint.load(path)
+
+
+@pytest.mark.parametrize("text", ["[" * 5000 + "]" * 5000, '{"format": 1, "step": ' + "9" * 5000 + "}"])
+def test_json_that_no_parser_follows_is_refused(path: Path, text: str) -> None:
+    safetensors.torch.save_file({"w": torch.zeros(1)}, path, {"distmaml": text})
+    with pytest.raises(DamagedError, match="damaged"):
+        checkpoint.load(path)
+
+
 class _Trap:
     def __reduce__(self) -> tuple[Any, ...]:
         return os.mkdir, ("trap-was-sprung",)
@@ -108,7 +185,7 @@ def test_a_write_that_fails_leaves_the_old_file_and_nothing_else(path: Path) -> 
 def test_newest_is_the_highest_step_that_is_whole(tmp_path: Path) -> None:
     assert checkpoint.newest(tmp_path) is None
     for step in (9, 10, 100):
-        checkpoint.save(checkpoint.path_of(tmp_path, step), TENSORS, {"step": step})
+        checkpoint.save(checkpoint.path_of(tmp_path, step), TENSORS, {**DOCUMENT, "step": step})
     assert checkpoint.newest(tmp_path) == 100
     broken = checkpoint.path_of(tmp_path, 100)
     broken.write_bytes(broken.read_bytes()[:-1])
@@ -116,8 +193,15 @@ def test_newest_is_the_highest_step_that_is_whole(tmp_path: Path) -> None:
     assert checkpoint.steps(tmp_path) == [9, 10, 100]  # looking changes nothing
 
 
+def test_a_model_in_the_place_of_a_checkpoint_is_passed_over(tmp_path: Path) -> None:
+    checkpoint.save(checkpoint.path_of(tmp_path, 9), TENSORS, DOCUMENT)
+    model = {"step": 10, **ORIGIN, "selection_metric": "val/query_accuracy", "value": 0.5}
+    checkpoint.save(checkpoint.path_of(tmp_path, 10), {"w": torch.zeros(1)}, model)
+    assert checkpoint.newest(tmp_path) == 9
+
+
 def test_a_checkpoint_of_another_format_is_not_passed_over(tmp_path: Path) -> None:
-    checkpoint.save(checkpoint.path_of(tmp_path, 9), TENSORS, {"step": 9})
+    checkpoint.save(checkpoint.path_of(tmp_path, 9), TENSORS, DOCUMENT)
     later = checkpoint.path_of(tmp_path, 10)
     safetensors.torch.save_file({"w": torch.zeros(1)}, later, {"distmaml": json.dumps({"format": 99})})
     with pytest.raises(CheckpointError, match="format 99"):

@@ -103,10 +103,11 @@ def test_a_stopped_job_leaves_a_checkpoint_and_the_same_command_goes_on(submitte
         "Its checkpoints are kept: the same command with --name twice goes on.",
         "stopped",
     ]
-    assert submitter.steps("twice")[-1] % 100, "a checkpoint out of turn"
+    stopped_at = submitter.steps("twice")[-1]
+    assert stopped_at % 100, "a checkpoint out of turn"
     again = submitter.train("gone on", "twice")
     assert again.returncode == 0, again.stdout
-    assert submitter.log("gone on")[0].startswith(f"twice was stopped after {submitter.steps('twice')[0]} outer steps")
+    assert submitter.log("gone on")[0] == f"twice was stopped after {stopped_at} outer steps: it goes on."
     ends = [submitter.output_dir / "runs" / name / "checkpoints" for name in ("straight", "twice")]
     one, other = (checkpoint.load(checkpoint.path_of(folder, 300))[0] for folder in ends)
     assert all(torch.equal(one[name], other[name]) for name in one)

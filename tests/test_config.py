@@ -5,6 +5,7 @@ import dataclasses
 import itertools
 import json
 import math
+import os
 import re
 import typing
 from pathlib import Path
@@ -81,11 +82,48 @@ def test_overrides_of_every_type_go_through_json() -> None:
         ("tasks", ["sinusoid"]),
         ("inner_lr", 10**400),
         ("num_outer_steps", 10**30),
+        ("hidden_sizes", [[1], 2]),
+        ("model_arguments", {"width": None}),
+        ("name", "\ud800"),
+        ("data_dir", "a\0b"),
+        ("model_arguments", {"\0": 1}),
     ],
 )
 def test_json_of_the_wrong_type_is_refused(name: str, value: Any) -> None:
-    with pytest.raises(ConfigError, match=re.escape(f"{name}={value!r}"[:40])):
-        from_json({**to_json(Config()), name: value})
+    selected = {"hidden_sizes": {"model": "mlp"}, "model_arguments": {"model": "mine:net"}}.get(name, {})
+    with pytest.raises(ConfigError, match=re.escape(f"{name}=")):
+        from_json({**to_json(override(Config(), selected)), name: value})
+
+
+def test_what_an_error_shows_of_a_value_is_one_short_line() -> None:
+    deep: list[Any] = []
+    for _ in range(2000):
+        deep = [deep]
+    for value in (deep, ["\n" * 1000] * 1000, 10**400, {"x" * 1000: 1}):
+        with pytest.raises(ConfigError) as caught:
+            from_json({"num_ways": value})
+        assert len(str(caught.value)) < 120
+        assert len(str(caught.value).splitlines()) == 1
+    with pytest.raises(ConfigError, match=r"num_outer_steps=1000000000"):
+        from_json({"num_outer_steps": 10**30})
+
+
+def test_a_path_that_is_not_unicode_goes_through_json() -> None:
+    config = override(Config(), {"data_dir": Path(os.fsdecode(b"caf\xe9"))})
+    assert through_json(config) == config
+
+
+@pytest.mark.parametrize(
+    "content",
+    [b"", b"[1]", b"{", b"[" * 5000, b"\xff\xfe\xfd", b'{"seed": ' + b"9" * 5000 + b"}", b'{"a": 1}' + b" " * 2**20],
+    ids=lambda content: repr(content[:12]),
+)
+def test_a_file_that_is_no_configuration_is_named(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "x.json").write_bytes(content)
+    with pytest.raises(ConfigError, match=r"x\.json .* Take another one"):
+        module.read(tmp_path / "x.json")
+    with pytest.raises(ConfigError, match=r"cannot be read"):
+        module.read(tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -164,7 +202,7 @@ def test_a_count_below_one_is_refused(name: str, value: int) -> None:
 
 @pytest.mark.parametrize("value", [0, -1, "0", "x", "", "2:", ":2", "8:2", "0:2", "1:2:3", "1.5", "-1:2"])
 def test_a_number_of_workers_that_is_none_is_refused(value: int | str) -> None:
-    with pytest.raises(ConfigError, match=f"num_workers={value} must be 1 or more, or LEAST:MOST"):
+    with pytest.raises(ConfigError, match=f"num_workers='{value}' must be 1 or more, or LEAST:MOST"):
         check(override(Config(), {"num_workers": value}))
 
 

@@ -19,7 +19,7 @@ import safetensors.torch
 import torch
 from PIL import Image
 
-from distmaml import checkpoint, driver, experiment, launch, ray_cluster
+from distmaml import checkpoint, driver, launch, ray_cluster
 from distmaml.config import Config, override
 from distmaml.errors import (
     CheckpointError,
@@ -590,42 +590,6 @@ def test_pictures_of_ones_own_train_by_a_relative_path(start_job: StartJob, prep
     assert (picture, label) == ("who.jpg", "cat" if float(probabilities[0]) >= 0.5 else "dog")
     assert sum(map(float, probabilities)) == pytest.approx(1.0, abs=2e-4)
     assert f"who.jpg: {label}" in adapted.output
-
-
-@pytest.mark.ray
-def test_a_killed_worker_costs_time_and_nothing_else(waves: Waves, undisturbed: Job) -> None:
-    job = waves.train("bereft", "--num-workers", "2")
-    job.wait_for(lambda: 20 in waves.steps("bereft"))
-    first = {worker.pid for worker in job.workers()}
-    job.workers()[-1].kill()
-    job.wait_for(lambda: 30 in waves.steps("bereft"))
-    assert not first & {worker.pid for worker in job.workers()}, "all workers are new"
-    assert job.wait() == 0, job.output
-    assert_same_result(waves.run("bereft"), waves.run("undisturbed"), step=60)
-    waves.assert_complete("bereft")
-    assert not re.search("Traceback|Error", job.output), job.output
-
-
-@pytest.mark.ray
-def test_a_killed_driver_can_be_resumed(waves: Waves, undisturbed: Job) -> None:
-    job = waves.train("orphan", "--num-workers", "2")
-    job.wait_for(lambda: 20 in waves.steps("orphan"))
-    job.process.kill()
-    job.wait()
-    assert waves.mlflow_run("orphan").info.status == "RUNNING", "nobody could say otherwise"
-
-    again = waves.train("orphan")
-    assert again.wait() == 2
-    assert again.output.count("\n") == 1
-    assert "Go on with it by --resume" in again.output
-
-    experiment.open_tracking(sinusoid(waves.output_dir, name="another"), resuming=None)  # what any command begins with
-    assert waves.mlflow_run("orphan").info.status == "KILLED"
-
-    resumed = waves.train("orphan", "--num-workers", "1", "--resume")
-    assert resumed.wait() == 0, resumed.output
-    assert_same_result(waves.run("orphan"), waves.run("undisturbed"), step=60)
-    waves.assert_complete("orphan")
 
 
 def end_seconds() -> float:

@@ -72,6 +72,45 @@ def test_a_damaged_line_in_the_middle_is_named(tmp_path: Path, line: str) -> Non
         Journal(file)
 
 
+@pytest.mark.parametrize(
+    "line",
+    [
+        '{"kind": "reported", "trial": 0, "step": -20, "value": 0.5}',
+        '{"kind": "reported", "trial": 0, "step": 20.0, "value": 0.5}',
+        '{"kind": "reported", "trial": 0, "step": "20", "value": 0.5}',
+        '{"kind": "reported", "trial": 0, "step": 9223372036854775808, "value": 0.5}',
+        '{"kind": "reported", "trial": 0, "step": 20, "value": "0.5"}',
+        '{"kind": "reported", "trial": 0, "step": 20, "value": true}',
+        '{"kind": "started", "trial": -1, "values": {}}',
+        '{"kind": "started", "trial": true, "values": {}}',
+        '{"kind": "started", "trial": 2, "values": [["inner_lr", 0.1]]}',
+        '{"kind": "ended", "trial": 0, "state": "won", "reason": null}',
+        '{"kind": "ended", "trial": 0, "state": ["won"], "reason": null}',
+        '{"kind": "begun", "trial": 0, "values": {}}',
+        '{"kind": "moved", "step": 10, "moves": [{"trial": 0, "donor": 7, "values": {}}]}',
+        '{"kind": "moved", "step": 10, "moves": [{"trial": 0, "donor": 0, "values": {}}]}',
+        '{"kind": "moved", "step": 10, "moves": [{"trial": 0, "donor": 1, "values": 3}]}',
+        "[" * 5000 + "]" * 5000,
+    ],
+    ids=lambda line: line[:70],
+)
+def test_what_cannot_have_happened_is_not_believed(tmp_path: Path, line: str) -> None:
+    file = tmp_path / "journal.jsonl"
+    written(file)
+    file.write_bytes(file.read_bytes() + line.encode() + b"\n")
+    with pytest.raises(RunError, match=r"line 7 of .* is damaged"):
+        Journal(file)
+
+
+def test_a_carriage_return_ends_no_line(tmp_path: Path) -> None:
+    file = tmp_path / "journal.jsonl"
+    written(file)
+    content = file.read_bytes()
+    file.write_bytes(content[:10] + b"\r" + content[11:])
+    with pytest.raises(RunError, match="line 1 of"):
+        Journal(file)
+
+
 def test_there_is_no_journal_before_the_first_trial(tmp_path: Path) -> None:
     assert Journal(tmp_path / "no" / "journal.jsonl").trials == {}
     assert not (tmp_path / "no").exists()

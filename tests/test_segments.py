@@ -3,9 +3,11 @@ import math
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from distmaml.errors import RunError
 from distmaml.segments import Point, Segment, SegmentWriter, committed_segments, committed_step, read_points
 
 
@@ -92,11 +94,49 @@ def test_a_point_of_step_zero_is_kept(tmp_path: Path) -> None:
     assert steps_in(tmp_path) == list(range(11))
 
 
-def test_a_damaged_line_is_named(tmp_path: Path) -> None:
+WHOLE = {"step": 2, "timestamp_ms": 2, "values": {"a": 1.0}}
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        {"step": 2},
+        {**WHOLE, "step": 11},
+        {**WHOLE, "step": -1},
+        {**WHOLE, "step": "2"},
+        {**WHOLE, "step": True},
+        {**WHOLE, "timestamp_ms": -1},
+        {**WHOLE, "timestamp_ms": 2**63},
+        {**WHOLE, "values": {"a": "1"}},
+        {**WHOLE, "values": {"a": 10**400}},
+        {**WHOLE, "values": [["a", 1.0]]},
+        7,
+    ],
+    ids=str,
+)
+def test_a_damaged_line_is_named(tmp_path: Path, line: Any) -> None:
     path = tmp_path / "00000000-00000010.jsonl"
-    path.write_text(json.dumps(Point(1, 2, {"a": 1.0})._asdict()) + '\n{"step": 2}\n')
-    with pytest.raises(ValueError, match=r"line 2 of .*00000000-00000010"):
+    path.write_text(json.dumps(Point(1, 2, {"a": 1.0})._asdict()) + "\n" + json.dumps(line) + "\n")
+    with pytest.raises(RunError, match=r"line 2 of .*00000000-00000010\.jsonl is not a point"):
         read_points(Segment(0, 10, path))
+
+
+@pytest.mark.parametrize("content", [b"", b"x", b"-3", b"1.5", b"\xff\xfe", b"9" * 5000])
+def test_a_damaged_commit_is_named_and_made_again_when_the_run_goes_on(tmp_path: Path, content: bytes) -> None:
+    train(SegmentWriter(tmp_path, 0), 1, 20)
+    (tmp_path / "committed").write_bytes(content)
+    with pytest.raises(RunError, match=r"committed is damaged: it holds .* Remove it"):
+        committed_segments(tmp_path, after=-1)
+    (tmp_path / "committed").unlink()
+    SegmentWriter(tmp_path, 20)
+    assert steps_in(tmp_path) == list(range(1, 21))
+
+
+def test_a_file_of_another_name_is_no_segment(tmp_path: Path) -> None:
+    train(SegmentWriter(tmp_path, 0), 1, 10)
+    for name in ("notes.jsonl", "00000000-x.jsonl", "-00000005.jsonl", "00000000-00000010 (copy).jsonl"):
+        (tmp_path / name).write_text("7\n")
+    assert steps_in(tmp_path) == list(range(1, 11))
 
 
 def test_a_worker_that_writes_segments_imports_no_mlflow() -> None:

@@ -6,6 +6,7 @@ import os
 import resource
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -166,6 +167,8 @@ def test_other_arrow_readers_see_a_tensor_column(path: Path) -> None:
         ({"splits": {"s": {"train": ["a"], "val": ["b"]}}}, "each of train, val and test"),
         ({"splits": {"s": {"train": ["a"], "val": [], "test": ["c"]}}}, "each of train, val and test"),
         ({"splits": {"samples": SPLITS["default"]}}, "reserved"),
+        ({"name": "two\nlines"}, r"the name 'two\\nlines' must be one line"),
+        ({"name": "x" * 201}, "must be one line of at most 200 characters"),
     ],
 )
 def test_what_is_no_store_is_refused_and_nothing_is_left(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
@@ -402,15 +405,99 @@ def test_no_flipped_bit_gives_wrong_data_or_another_kind_of_error(path: Path) ->
         assert store.info.class_names == whole.info.class_names
 
 
+def with_table(path: Path, change: Callable[[Any], Any], *, rows: int | None = None, **options: Any) -> None:
+    """Rewrites a store as another Arrow file, in batches of some rows."""
+    with pa.OSFile(str(path)) as file:
+        table = change(pa.ipc.open_file(file).read_all())
+    options = {"options": pa.ipc.IpcWriteOptions(**options)}
+    with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_file(sink, table.schema, **options) as writer:
+        writer.write_table(table, max_chunksize=rows)
+
+
 def with_metadata(path: Path, change: Callable[[dict[str, Any]], object]) -> None:
     """Rewrites the metadata of a store and leaves its images."""
-    with pa.OSFile(str(path)) as file:
-        table = pa.ipc.open_file(file).read_all()
-    values = json.loads(table.schema.metadata[b"distmaml"])
-    change(values)
-    table = table.replace_schema_metadata({b"distmaml": json.dumps(values)})
-    with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_file(sink, table.schema) as writer:
-        writer.write_table(table)
+
+    def changed(table: Any) -> Any:
+        values = json.loads(table.schema.metadata[b"distmaml"])
+        change(values)
+        return table.replace_schema_metadata({b"distmaml": json.dumps(values)})
+
+    with_table(path, changed)
+
+
+def with_column(storage: Callable[[Any], Any], *, name: str = "image") -> Callable[[Any], Any]:
+    """A change of the column of images."""
+
+    def changed(table: Any) -> Any:
+        column = storage(table["image"].combine_chunks())
+        return pa.table({name: column}).replace_schema_metadata(table.schema.metadata)
+
+    return changed
+
+
+OTHER_TYPE = "not one batch of the uint8 images"
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (with_column(lambda column: column.storage), OTHER_TYPE),
+        (with_column(lambda column: column.storage.cast(pa.list_(pa.int8(), 20), safe=False)), OTHER_TYPE),
+        (with_column(lambda column: column.storage.cast(pa.list_(pa.uint16(), 20))), OTHER_TYPE),
+        (with_column(lambda column: pa.nulls(len(column))), OTHER_TYPE),
+        (with_column(lambda column: pa.array(["x"] * len(column)).dictionary_encode()), OTHER_TYPE),
+        (with_column(lambda column: column, name="picture"), OTHER_TYPE),
+        (lambda table: table.append_column("more", table["image"]), OTHER_TYPE),
+        (lambda table: table.slice(0, 0), "not hold its images in one batch"),
+        (lambda table: table.slice(0, 18), "18 images, its metadata say 19"),
+    ],
+)
+def test_an_arrow_file_of_another_table_is_no_store(path: Path, change: Callable[[Any], Any], message: str) -> None:
+    with_table(path, change)
+    with pytest.raises(DataError, match=message):
+        open_store(path)
+
+
+def test_images_that_are_null_are_refused(path: Path) -> None:
+    def nulled(column: Any) -> Any:
+        mask = pa.array([True] + [False] * (len(column) - 1))
+        storage = pa.FixedSizeListArray.from_arrays(column.storage.values, 20, mask=mask)
+        return pa.ExtensionArray.from_storage(column.type, storage)
+
+    with_table(path, with_column(nulled))
+    with pytest.raises(DataError, match="images that are null"):
+        open_store(path)
+
+
+def test_images_in_two_batches_are_refused(path: Path) -> None:
+    with_table(path, lambda table: table, rows=10)
+    with pytest.raises(DataError, match="not hold its images in one batch"):
+        open_store(path)
+
+
+@pytest.mark.parametrize("compression", ["lz4", "zstd"])
+def test_images_that_would_have_to_be_unpacked_are_refused(path: Path, compression: str) -> None:
+    with_table(path, lambda table: table, compression=compression)
+    with pytest.raises(DataError, match="without compression"):
+        open_store(path)
+
+
+def test_a_store_of_another_writer_of_the_same_form_is_read(path: Path) -> None:
+    before = open_store(path)
+    images = before.images.copy()
+    with_table(path, lambda table: table, allow_64bit=False)
+    np.testing.assert_array_equal(open_store(path).images, images)
+    open_store(path).verify()
+
+
+def test_a_million_classes_of_one_name_are_refused_at_once(path: Path) -> None:
+    names = [str(number) for number in range(1_000_000)]
+    names[-1] = names[-2]
+    with_metadata(path, lambda values: values.update(class_names=names, offsets=list(range(1_000_001))))
+    start = time.monotonic()
+    with pytest.raises(DataError, match="class '999998' of toy comes twice"):
+        open_store(path)
+    assert time.monotonic() - start < 20  # of the order of a second; comparing each with all before takes hours
 
 
 @pytest.mark.parametrize("version", [0, 2, "1", None, True])

@@ -471,7 +471,7 @@ def test_no_trial_sees_the_test_split_and_the_best_is_tested_once(undisturbed: t
     assert f"train.py --recipe-file {paths.champion(folder / 'searches' / 's')}" in job.output
 
 
-@pytest.mark.ray
+@pytest.mark.faults
 def test_a_search_whose_trial_is_killed_and_then_its_driver_goes_on_to_the_same_end(
     undisturbed: tuple[Path, Job], start_job: StartJob, tmp_path: Path
 ) -> None:
@@ -507,7 +507,7 @@ def test_a_search_whose_trial_is_killed_and_then_its_driver_goes_on_to_the_same_
             assert logged_steps(tmp_path, run, "val/query_loss") == list(range(20, NUM_STEPS + 1, 20))
 
 
-@pytest.mark.ray
+@pytest.mark.faults
 def test_a_population_whose_driver_is_killed_comes_to_the_end_of_one_that_was_trained_here(
     start_job: StartJob, prepared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -531,7 +531,7 @@ def test_a_population_whose_driver_is_killed_comes_to_the_end_of_one_that_was_tr
     assert all("hparam/inner_lr" in run.data.metrics for run in runs if run.info.run_name != "s")
 
 
-@pytest.mark.ray
+@pytest.mark.faults
 def test_halving_prunes_and_a_trial_that_diverges_fails_alone_whatever_becomes_of_the_driver(
     start_job: StartJob, tmp_path: Path
 ) -> None:
@@ -578,7 +578,7 @@ def test_ctrl_c_ends_a_search_in_order(start_job: StartJob, tmp_path: Path) -> N
         time.sleep(0.2)
 
 
-@pytest.mark.ray
+@pytest.mark.faults
 def test_a_trial_of_two_workers_one_of_which_is_killed_gives_what_a_trial_of_one_gives(
     undisturbed: tuple[Path, Job], start_job: StartJob, tmp_path: Path
 ) -> None:

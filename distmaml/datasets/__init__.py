@@ -110,12 +110,15 @@ def _file_name(dataset: str, data_dir: Path | None, image_size: int, color: bool
 
 
 def _listing(folder: Path) -> Iterator[str]:
-    """Name, size and time of the last change of every file below a folder, in a fixed order."""
+    """Name, size and time of the last change of every file below a folder, in a fixed order.
+
+    A link to a folder is one line: it may lead back to where it lies.
+    """
     try:
         with os.scandir(folder) as scan:
             entries = sorted((e for e in scan if not e.name.startswith(".")), key=lambda entry: entry.name)
         for entry in entries:
-            if entry.is_dir():
+            if entry.is_dir(follow_symlinks=False):
                 yield f"{entry.name}/\n"
                 yield from _listing(Path(entry.path))
             else:

@@ -21,7 +21,7 @@ import numpy as np
 import numpy.typing as npt
 from tqdm import tqdm
 
-from distmaml.datasets.images import folders_in, pictures_in, read_image
+from distmaml.datasets.images import check_file, check_folder, folders_in, pictures_in, read_image
 from distmaml.errors import ConfigError, DataError
 from distmaml.splits import SPLITS
 from distmaml.store import StoreInfo, hash_order, write_store
@@ -44,7 +44,7 @@ def build(path: Path, *, data_dir: Path | None, image_size: int, color: bool, do
     Raises:
       ConfigError: no `data_dir`.
       DataError: a folder that is missing or empty, a class without pictures, a broken picture, a CSV file that does
-        not fit.
+        not fit, a symbolic link to a folder or out of `data_dir`.
     """
     if data_dir is None:
         raise ConfigError("image_folder needs the folder of the pictures. Name it with --data-dir.")
@@ -92,7 +92,7 @@ def _pictures_of_folders(data_dir: Path) -> dict[str, list[Path]]:
         raise DataError(
             f"{data_dir} has {len(folders)} folders of pictures; put each of 2 or more classes into its own."
         )
-    return {folder.name: pictures_in(folder) for folder in folders}
+    return {folder.name: pictures_in(folder, data_dir) for folder in folders}
 
 
 # ------------------------------------------------------------------------------------------- CSV files
@@ -108,6 +108,8 @@ def _read_tables(data_dir: Path) -> dict[str, dict[str, list[str]]]:
         raise DataError(
             f"{data_dir} has no {', '.join(missing)}; train.csv, val.csv and test.csv come together or not."
         )
+    for path in paths.values():
+        check_file(path, data_dir)
     return {split: _read_table(path) for split, path in paths.items()}
 
 
@@ -153,12 +155,16 @@ def _pictures_of_tables(data_dir: Path, tables: Mapping[str, Mapping[str, Sequen
                         f"{data_dir / label} is not there, but a CSV file names the class {label!r}. Add it or its "
                         "pictures."
                     )
-                pictures[label] = pictures_in(data_dir / label)
+                check_folder(data_dir / label, data_dir)
+                pictures[label] = pictures_in(data_dir / label, data_dir)
                 continue
             pictures[label] = [flat / filename for filename in sorted(set(filenames))]
+            for folder in {path.parent for path in pictures[label]}:
+                check_folder(folder, data_dir)
             for path in pictures[label]:
                 if not path.is_file():
                     raise DataError(f"{path} is not there, but {split}.csv names it for the class {label!r}.")
+                check_file(path, data_dir)
                 if labels.setdefault(path, label) != label:
                     raise DataError(
                         f"{path} is named for the classes {labels[path]!r} and {label!r}. Remove it in one."

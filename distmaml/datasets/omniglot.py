@@ -3,7 +3,8 @@
 Lake, Salakhutdinov, Tenenbaum (2015), Human-level concept learning through probabilistic program induction,
 Science 350(6266), https://doi.org/10.1126/science.aab3050. Files: https://github.com/brendenlake/omniglot.
 
-Reads the two official zips, or the folders that they unpack to, or downloads the zips.
+Reads the two official zips, or the folders that they unpack to, or downloads the zips. A zip is never unpacked to the
+disk: its members are read one at a time, in memory, and none that is larger than a drawing can be.
 """
 
 import contextlib
@@ -11,6 +12,8 @@ import functools
 import http.client
 import io
 import re
+import stat
+import struct
 import urllib.error
 import urllib.request
 import zipfile
@@ -23,8 +26,8 @@ import numpy as np
 import numpy.typing as npt
 from tqdm import tqdm
 
-from distmaml.datasets.images import read_image
-from distmaml.errors import ConfigError, DataError
+from distmaml.datasets.images import check_file, check_folder, read_image
+from distmaml.errors import ConfigError, DataError, first_line
 from distmaml.files import atomic_file, disk_errors
 from distmaml.store import StoreInfo, hash_order, write_store
 
@@ -36,8 +39,12 @@ train on 1200, of which their code keeps 100 for validation."""
 NUM_VAL_ALPHABETS = 5
 
 _MAX_MEMBER_BYTES = 1 << 20
+_MAX_ARCHIVE_BYTES = 1 << 28
+"""Unpacked; 19,280 drawings of 105 x 105 black and white pixels have far less."""
+_COMPRESSIONS = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)
+"""The others unfold a block at a time, however large, before Python counts how much it was."""
 _TIMEOUT_S = 60
-_DRAWING = re.compile(r"([^/]+/character\d{2})/\d{4}_\d{2}\.png")
+_DRAWING = re.compile(r"((?!\.\.?/)[^/]+/character\d{2})/\d{4}_\d{2}\.png")
 _FOLDERS = (".", "omniglot-py", "python")
 """Where in data_dir the files may lie: in itself, as torchvision puts them, as a clone of the repository has them."""
 
@@ -126,7 +133,11 @@ def _alphabet(character: str) -> str:
 def _find(part: Part, data_dir: Path) -> Path:
     for folder in _FOLDERS:
         for place in (data_dir / folder / f"{part.name}.zip", data_dir / folder / part.name):
+            if place.is_dir():
+                check_folder(place, data_dir)
+                return place
             if place.exists():
+                check_file(place, data_dir)
                 return place
     raise DataError(
         f"no {part.name}.zip and no folder {part.name} in {data_dir}. Leave --data-dir out to download them."
@@ -138,34 +149,50 @@ def _zip_files(path: Path, part: Part, stack: contextlib.ExitStack) -> _Files:
     with _zip_errors(path):
         archive = stack.enter_context(zipfile.ZipFile(path))
     files: dict[str, Callable[[], bytes]] = {}
+    num_bytes = 0
     for member in archive.infolist():
-        if member.is_dir() or member.filename.startswith("__MACOSX/"):
+        if member.filename.endswith("/") or member.filename.startswith("__MACOSX/"):
             continue
         name = member.filename.removeprefix(f"{part.name}/")
         if name == member.filename or name in files:
             raise DataError(f"{path} is not Omniglot's {part.name}.zip: it has {member.filename!r}.")
-        if member.file_size > _MAX_MEMBER_BYTES:
-            raise DataError(f"{path}: {member.filename} has {member.file_size} bytes; no drawing has more than 1 MiB.")
+        if stat.S_ISLNK(member.external_attr >> 16) or member.compress_type not in _COMPRESSIONS:
+            raise DataError(f"{path}: {member.filename!r} is a link, or compressed in an unusual way. Get it again.")
+        size = max(member.file_size, member.compress_size)
+        if size > _MAX_MEMBER_BYTES:
+            raise DataError(f"{path}: {member.filename!r} has {size} bytes; no drawing has more than 1 MiB.")
+        num_bytes += member.file_size
+        if num_bytes > _MAX_ARCHIVE_BYTES:
+            raise DataError(
+                f"{path} unpacks to more than {_MAX_ARCHIVE_BYTES >> 20} MiB; Omniglot does not. Get it again."
+            )
         files[name] = functools.partial(_read_member, path, archive, member)
     return files
 
 
 def _read_member(path: Path, archive: zipfile.ZipFile, member: zipfile.ZipInfo) -> bytes:
-    with _zip_errors(path):
-        return archive.read(member)
+    # Not archive.read: that unfolds everything before it looks at the size that the member claims.
+    with _zip_errors(path), archive.open(member) as file:
+        return file.read(member.file_size + 1)
 
 
 @contextlib.contextmanager
 def _zip_errors(path: Path) -> Iterator[None]:
     try:
         yield
-    # RuntimeError: an encrypted member. NotImplementedError: an unknown compression.
-    except (zipfile.BadZipFile, zlib.error, EOFError, OSError, RuntimeError, NotImplementedError) as error:
-        raise DataError(f"{path} is no zip or a damaged one ({error}). Delete it and get it again.") from error
+    # RuntimeError: an encrypted member, NotImplementedError among it: an unknown compression. ValueError: a name that
+    # is no text, or a place before the beginning.
+    except (zipfile.BadZipFile, zlib.error, EOFError, OSError, RuntimeError, ValueError, struct.error) as error:
+        reason = first_line(error)[:200]
+        raise DataError(f"{path} is no zip or a damaged one ({reason}). Delete it and get it again.") from error
 
 
 def _folder_files(folder: Path) -> _Files:
-    paths = [path for path in folder.rglob("*") if not path.is_dir()]
+    paths = [path for path in folder.rglob("*") if path.is_symlink() or not path.is_dir()]
+    for path in paths:
+        check_file(path, folder)
+        if path.stat().st_size > _MAX_MEMBER_BYTES:
+            raise DataError(f"{path} has {path.stat().st_size} bytes; no drawing has more than 1 MiB.")
     return {path.relative_to(folder).as_posix(): functools.partial(_read_file, path) for path in paths}
 
 

@@ -212,6 +212,79 @@ def test_a_broken_picture_is_named_and_leaves_no_store(data: Path) -> None:
     assert list((data.parent / "out").iterdir()) == []
 
 
+# ----------------------------------------------------------------------------------------------- links
+
+
+def test_a_link_to_a_picture_of_the_same_folder_is_a_picture(data: Path) -> None:
+    folders(data, ["a", "b"])
+    (data / "a" / "9.png").symlink_to(data / "b" / "2.png")
+    store = build(data)
+    assert store.info.offsets == (0, 4, 7)
+    np.testing.assert_array_equal(store.images[3], store.images[6])
+
+
+def test_a_link_to_a_picture_elsewhere_is_named_and_not_followed(data: Path, tmp_path: Path) -> None:
+    folders(data, ["a", "b"])
+    picture(tmp_path / "private.png", 100)
+    (data / "a" / "9.png").symlink_to(tmp_path / "private.png")
+    with pytest.raises(DataError, match=r"a/9\.png is a symbolic link that leads out of .*data, to .*private\.png"):
+        build(data)
+
+
+@pytest.mark.parametrize("target", ["..", "a", "../elsewhere"])
+def test_a_link_to_a_folder_is_no_class(data: Path, tmp_path: Path, target: str) -> None:
+    folders(data, ["a", "b"])
+    picture(tmp_path / "elsewhere" / "1.png", 100)
+    (data / "c").symlink_to(target)
+    with pytest.raises(DataError, match=r"data/c is reached by a symbolic link"):
+        build(data)
+    for split, label in (("train", "a"), ("val", "b"), ("test", "c")):
+        (data / f"{split}.csv").write_text(f"label\n{label}\n")
+    with pytest.raises(DataError, match=r"data/c is reached by a symbolic link"):
+        build(data)
+
+
+@pytest.mark.parametrize("what", ["table", "folder", "subfolder", "picture"])
+def test_a_table_leads_nowhere_else_by_links(data: Path, tmp_path: Path, what: str) -> None:
+    flat(data, {"train": ["n01"], "val": ["n03"], "test": ["n02"]})
+    moved = tmp_path / "moved"
+    if what == "table":
+        (data / "val.csv").rename(moved)
+        (data / "val.csv").symlink_to(moved)
+    elif what == "folder":
+        (data / "images").rename(moved)
+        (data / "images").symlink_to(moved)
+    elif what == "subfolder":
+        picture(moved / "x.jpg", 9)
+        (data / "images" / "sub").symlink_to(moved)
+        (data / "val.csv").write_text("filename,label\nsub/x.jpg,n03\n")
+    else:
+        (data / "images" / "n0300000000.jpg").rename(moved)
+        (data / "images" / "n0300000000.jpg").symlink_to(moved)
+    with pytest.raises(DataError, match="symbolic link"):
+        build(data)
+
+
+def test_the_data_folder_itself_may_be_a_link(data: Path, tmp_path: Path) -> None:
+    folders(data, ["a", "b"])
+    (tmp_path / "link").symlink_to(data)
+    assert build(tmp_path / "link").info.class_names == ("a", "b")
+
+
+def test_a_pipe_is_no_picture(data: Path) -> None:
+    folders(data, ["a", "b"])
+    os.mkfifo(data / "a" / "9.png")
+    with pytest.raises(DataError, match=r"9\.png is no file"):
+        build(data)
+
+
+def test_links_that_lead_round_and_round_are_listed_once(data: Path, tmp_path: Path) -> None:
+    folders(data, ["a", "b"])
+    for name in ("c", "d", "e"):
+        (data / "a" / name).symlink_to("..")
+    assert ensure(data, tmp_path / "stores").exists()
+
+
 # ---------------------------------------------------------------------------------------- ensure_store
 
 

@@ -117,6 +117,13 @@ def test_what_is_no_picture_is_named(tmp_path: Path) -> None:
         read_image(io.BytesIO(b""), image_size=4, color=False, ink=False, name="my photo")
 
 
+def test_a_picture_of_another_kind_is_refused_whatever_it_is_called(tmp_path: Path) -> None:
+    for kind in ("EPS", "PPM", "PDF"):
+        Image.fromarray(GREY).save(tmp_path / "x.png", kind)
+        with pytest.raises(DataError, match=r"x\.png cannot be read as a picture .*Known kinds"):
+            read(tmp_path / "x.png")
+
+
 @pytest.mark.parametrize("kind", ["PNG", "JPEG", "GIF", "BMP", "TIFF", "WEBP"])
 def test_a_truncated_picture_is_an_error_of_the_data(kind: str, tmp_path: Path) -> None:
     noise = np.random.default_rng(0).integers(0, 256, (32, 32), dtype=np.uint8)
@@ -137,6 +144,13 @@ def test_a_picture_that_claims_too_many_pixels_is_refused_unread(side: int) -> N
     bomb = b"\x89PNG\r\n\x1a\n" + header + chunk(b"IDAT", zlib.compress(bytes(100))) + chunk(b"IEND", b"")
     with pytest.raises(DataError, match=r"pixels"):
         read(io.BytesIO(bomb))
+
+
+def test_a_file_that_is_too_large_for_a_picture_is_refused_unread(tmp_path: Path) -> None:
+    with (tmp_path / "x.png").open("wb") as file:
+        file.truncate(640_000_001)
+    with pytest.raises(DataError, match=r"x\.png has 640000001 bytes; at most 640000000 are read"):
+        read(tmp_path / "x.png")
 
 
 def test_pixels_without_a_known_range_are_refused() -> None:

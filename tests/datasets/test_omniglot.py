@@ -1,9 +1,14 @@
 """Omniglot: exactly its 1623 characters, from zips, folders or a server, in splits that are pinned."""
 
+import contextlib
 import hashlib
 import http.server
 import io
+import os
+import shutil
+import stat
 import threading
+import tracemalloc
 import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -89,7 +94,7 @@ def test_ink_is_255_and_paper_0(store: ClassStore) -> None:
 
 def test_an_unpacked_folder_gives_the_same_store_as_its_zip(zips: Path, store: ClassStore, tmp_path: Path) -> None:
     (tmp_path / "omniglot-py").mkdir()
-    (tmp_path / "omniglot-py" / "images_background.zip").symlink_to(zips / "images_background.zip")
+    shutil.copy(zips / "images_background.zip", tmp_path / "omniglot-py")
     with zipfile.ZipFile(zips / "images_evaluation.zip") as archive:
         archive.extractall(tmp_path / "omniglot-py")
     assert build(tmp_path, tmp_path).content_hash == store.info.content_hash
@@ -172,6 +177,9 @@ def test_a_damaged_zip_is_named(zips: Path, tmp_path: Path, change: Callable[[by
             "it has 'images_evaluation/A/character01/0001_01.png'",
         ),
         ([("images_background/../../etc/passwd", b"")], "not Alphabet/characterNN"),
+        ([("images_background/../character01/0001_01.png", b"")], "not Alphabet/characterNN"),
+        ([("/images_background/A/character01/0001_01.png", b"")], "it has '/images_background/A"),
+        ([("../images_background/A/character01/0001_01.png", b"")], r"it has '\.\./images_background/A"),
         ([("images_background/notes.txt", b"")], "it has 'notes.txt'"),
         ([("images_background/A/character01/0001_01.png", bytes(2**20 + 1))], "1048577 bytes; no drawing has more"),
         ([("__MACOSX/images_background/x", b"")], "has 0 characters"),
@@ -180,6 +188,81 @@ def test_a_damaged_zip_is_named(zips: Path, tmp_path: Path, change: Callable[[by
 def test_a_zip_of_something_else_is_refused(tmp_path: Path, files: list[tuple[str, bytes]], message: str) -> None:
     write_zip(tmp_path / "images_background.zip", iter(files))
     with pytest.raises(DataError, match=message):
+        build(tmp_path, tmp_path)
+
+
+def test_a_link_in_a_zip_is_refused(tmp_path: Path) -> None:
+    with zipfile.ZipFile(tmp_path / "images_background.zip", "w") as archive:
+        link = zipfile.ZipInfo("images_background/A/character01/0001_01.png")
+        link.external_attr = (stat.S_IFLNK | 0o777) << 16
+        archive.writestr(link, "/etc/passwd")
+    with pytest.raises(DataError, match=r"0001_01\.png' is a link"):
+        build(tmp_path, tmp_path)
+
+
+@pytest.mark.parametrize("compression", [zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA])
+def test_a_compression_that_unfolds_without_a_limit_is_refused(tmp_path: Path, compression: int) -> None:
+    with zipfile.ZipFile(tmp_path / "images_background.zip", "w", compression) as archive:
+        archive.writestr("images_background/A/character01/0001_01.png", bytes(2**20))
+    with pytest.raises(DataError, match="compressed in an unusual way"):
+        build(tmp_path, tmp_path)
+
+
+def test_a_zip_that_unpacks_to_more_than_its_limit_is_refused_unread(tmp_path: Path) -> None:
+    with zipfile.ZipFile(tmp_path / "images_background.zip", "w", zipfile.ZIP_DEFLATED) as archive:
+        for number in range(257):
+            archive.writestr(f"images_background/A/character01/{number:04d}_01.png", bytes(2**20))
+    assert (tmp_path / "images_background.zip").stat().st_size < 2**19
+    with pytest.raises(DataError, match=r"unpacks to more than 256 MiB"):
+        build(tmp_path, tmp_path)
+
+
+def test_a_member_is_not_unpacked_beyond_the_size_that_it_claims(tmp_path: Path) -> None:
+    """Both headers of the member say 10 bytes where 64 MiB come out."""
+    path = tmp_path / "images_background.zip"
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("images_background/A/character01/0001_01.png", bytes(2**26))
+    size, less = (2**26).to_bytes(4, "little"), (10).to_bytes(4, "little")
+    assert path.read_bytes().count(size) == 2
+    path.write_bytes(path.read_bytes().replace(size, less))
+    with contextlib.ExitStack() as stack:
+        (read,) = omniglot._zip_files(path, omniglot.PARTS[0], stack).values()
+        tracemalloc.start()
+        stack.callback(tracemalloc.stop)
+        with pytest.raises(DataError, match=r"damaged one .*Bad CRC-32"):
+            read()
+        assert tracemalloc.get_traced_memory()[1] < 2**20
+
+
+@pytest.mark.parametrize("what", ["zip", "folder", "drawing", "alphabet"])
+def test_a_link_out_of_the_folder_is_not_followed(zips: Path, tmp_path: Path, what: str) -> None:
+    data = tmp_path / "data"
+    data.mkdir()
+    if what == "zip":
+        (data / "images_background.zip").symlink_to(zips / "images_background.zip")
+    elif what == "folder":
+        (tmp_path / "images_background").mkdir()
+        (data / "images_background").symlink_to(tmp_path / "images_background")
+    elif what == "drawing":
+        (data / "images_background" / "A" / "character01").mkdir(parents=True)
+        (tmp_path / "secret").write_text("secret")
+        (data / "images_background" / "A" / "character01" / "0001_01.png").symlink_to(tmp_path / "secret")
+    else:
+        (data / "images_background").mkdir()
+        (data / "images_background" / "A").symlink_to(tmp_path)
+    with pytest.raises(DataError, match=r"symbolic link|is no file, or a link to none"):
+        build(data, tmp_path)
+
+
+def test_what_is_no_file_or_too_large_for_a_drawing_is_refused_unread(tmp_path: Path) -> None:
+    folder = tmp_path / "images_background" / "A" / "character01"
+    folder.mkdir(parents=True)
+    os.mkfifo(folder / "0001_01.png")
+    with pytest.raises(DataError, match=r"0001_01\.png is no file"):
+        build(tmp_path, tmp_path)
+    (folder / "0001_01.png").unlink()
+    (folder / "0001_01.png").write_bytes(bytes(2**20 + 1))
+    with pytest.raises(DataError, match="1048577 bytes; no drawing has more"):
         build(tmp_path, tmp_path)
 
 
@@ -195,7 +278,7 @@ def test_a_broken_drawing_is_named(tmp_path: Path, zips: Path) -> None:
     files = dict(members("images_background", BACKGROUND))
     files[f"images_background/{BACKGROUND[0]}/0001_07.png"] = b"no picture"
     write_zip(tmp_path / "images_background.zip", iter(files.items()))
-    (tmp_path / "images_evaluation.zip").symlink_to(zips / "images_evaluation.zip")
+    shutil.copy(zips / "images_evaluation.zip", tmp_path)
     with pytest.raises(DataError, match=r"Alphabet_of_the_Magi/character01/0001_07.png cannot be read as a picture"):
         build(tmp_path, tmp_path)
     assert not (tmp_path / "s.arrow").exists()

@@ -55,8 +55,14 @@ def test_a_killed_driver_and_the_same_command_again(
     run.wait_for_step(25)
     run.job.process.kill()
     run.job.wait()
+    assert run.tracking.run("driver").info.status == "RUNNING", "nobody could say otherwise"
     cluster.wait_for_no_workers()  # they train on until Ray hears of it
-    again = start_run("driver", "--num-workers=2", cluster=cluster)
+    other = start_run("driver", "--seed=5", cluster=cluster)
+    assert other.job.wait() == 2
+    assert re.fullmatch(r"error: a run named 'driver' exists .* Go on with it by --resume, or .*\n", other.job.output)
+    run.broken()
+    again = start_run("driver", "--num-workers=1", cluster=cluster)
+    again.broken_at = run.broken_at
     seconds = again.seconds_until_new_step()
     again.assert_as_if_nothing_had_happened(reference)
     assert re.search(r"driver was stopped after [23]0 outer steps: it goes on\.", again.job.output)
