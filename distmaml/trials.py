@@ -21,6 +21,8 @@ from distmaml.space import Search, Space
 from distmaml.trial import of_trial, take_weights
 
 END_SECONDS = 3.0
+SETTLE_SECONDS = 30.0
+"""For what trials that are over still have to tell MLflow, while others run."""
 """How long the end of a trial waits for MLflow, as all others wait too; what is left then is sent at the end."""
 
 
@@ -136,7 +138,7 @@ class Trials:
         pruned = {"distmaml.pruned_at": str(known.step)} if known.state == "pruned" else {}
         run.add_tags({"distmaml.trial_state": known.state, **pruned})
         status = "FAILED" if known.state in ("failed", "lost") else "FINISHED"
-        run.end(status, reason=known.reason, timeout=END_SECONDS)
+        run.end(status, reason=known.reason, timeout=SETTLE_SECONDS, wait=False)
 
     def move(self, chosen: Space, step: int) -> None:
         """Lets the worst of the trials that stand still at a step go on from the weights of the best.
@@ -163,9 +165,10 @@ class Trials:
             known = self.journal.trials[number]
             if known.state == "running":
                 run = self._runs.pop(number)
-                run.end("KILLED", reason="its search was stopped", timeout=END_SECONDS)
+                run.end("KILLED", reason="its search was stopped", timeout=END_SECONDS, wait=False)
             else:
                 self._end_run(known)
+        experiment.settle(self._tracking, END_SECONDS)
 
     def _show(self, *, ended: History | None = None) -> None:
         self._board.show(list(self.journal.trials.values()), ended=ended)

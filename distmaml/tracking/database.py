@@ -19,12 +19,15 @@ from urllib.parse import urlsplit
 from filelock import FileLock
 from mlflow import MlflowClient
 from mlflow.exceptions import MlflowException
+from mlflow.utils.credentials import read_mlflow_creds
 
 from distmaml.errors import TrackingError
 
 log = logging.getLogger(__name__)
 
 _PROBE_SECONDS = 5.0
+_AWAY = ("INTERNAL_ERROR", "TEMPORARILY_UNAVAILABLE", "REQUEST_LIMIT_EXCEEDED", "DEADLINE_EXCEEDED")
+"""What MLflow's client says where the server, or the database below it, cannot answer just now."""
 
 
 @dataclass(frozen=True)
@@ -54,30 +57,15 @@ def open_tracking(output_dir: Path, tracking_uri: str | None = None) -> Tracking
     A server that cannot be reached is no reason not to train: it costs a warning, and `Tracking.reachable` is false.
 
     Raises:
-      TrackingError: the URI is not that of a server, what answers there is not MLflow, or the embedded database is
-        damaged, of another MLflow version, or cannot be written.
+      TrackingError: the URI is not that of a server or holds a password, what answers there is not MLflow or does not
+        take the login, or the embedded database is damaged, of another MLflow version, or cannot be written.
     """
     database = output_dir.absolute() / "mlflow.db"
     uri = tracking_uri or os.environ.get("MLFLOW_TRACKING_URI") or embedded_uri(output_dir)
     if uri == embedded_uri(output_dir):
         _ensure_database(database, _artifact_root(database))
         return Tracking(uri, _artifact_root(database))
-    try:
-        parts = urlsplit(uri)
-        usable = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
-    except ValueError:  # a port or an IPv6 address that is none
-        usable = False
-    if not usable:
-        raise TrackingError(
-            f"tracking_uri={_without_password(uri)!r} is not the address of an MLflow server (http://host:5000). Start "
-            "one over that database (mlflow server --backend-store-uri ...) and give its address, or give none for "
-            f"the embedded {database}."
-        )
-    if parts.password is not None:
-        raise TrackingError(
-            f"tracking_uri={_without_password(uri)!r} holds a password, which would be written into every run. Set "
-            "MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, and leave it out of the address."
-        )
+    _check_address(uri, database)
     return Tracking(uri.rstrip("/"), reachable=_probe(uri.rstrip("/")))
 
 
@@ -90,8 +78,30 @@ def _artifact_root(database: Path) -> str:
     return (database.parent / "mlartifacts").as_uri()
 
 
-def _without_password(uri: str) -> str:
-    return re.sub(r"//([^/@:]*):[^/@]*@", r"//\1:***@", uri)
+def _check_address(uri: str, database: Path) -> None:
+    is_http = uri.lower().startswith(("http://", "https://"))
+    if is_http and "@" in uri:
+        raise TrackingError(
+            f"tracking_uri={_without_secrets(uri)!r} holds a login, and an address is written into every run. Set "
+            "MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, and leave it out of the address."
+        )
+    try:
+        parts = urlsplit(uri)
+        usable = is_http and bool(parts.hostname) and parts.port != 0 and not parts.query and not parts.fragment
+    except ValueError:  # a port or an IPv6 address that is none
+        usable = False
+    if not usable:
+        raise TrackingError(
+            f"tracking_uri={_without_secrets(uri)!r} is not the address of an MLflow server, like http://host:5000. "
+            "Give one (for a database that of a server over it: mlflow server --backend-store-uri ...), or none for "
+            f"the embedded {database}."
+        )
+
+
+def _without_secrets(uri: str) -> str:
+    """The URI without what may be a password or a token, whatever characters that has and even if there is no //."""
+    hidden = re.sub(r"^([a-z0-9+.-]+://)?.*@", r"\1***@", uri, flags=re.DOTALL | re.IGNORECASE)
+    return re.sub(r"\?.*", "?***", hidden, flags=re.DOTALL)
 
 
 # ---------------------------------------------------------------------------------------------- database
@@ -152,26 +162,20 @@ def _check_database(path: Path) -> None:
 
 
 def _probe(uri: str) -> bool:
-    """Whether an MLflow server answers; nothing is asked that needs a login.
+    """Whether an MLflow server answers, and to us.
 
     Raises:
-      TrackingError: something else answers, or a server that refuses this host name.
+      TrackingError: something else answers, or a server that refuses this host name or this login.
     """
     try:
         if _get(f"{uri}/health") != "OK" or not re.match(r"\d+\.\d+", _get(f"{uri}/version")):
             raise TrackingError(_not_mlflow(uri, "it has no /health and /version like MLflow's"))
     except urllib.error.HTTPError as error:
-        with error:
-            body = error.read(200).decode(errors="replace")
+        error.close()
         if error.code in (502, 503, 504):  # a proxy whose server is away
             _warn_unreachable(uri, str(error))
             return False
-        if "Invalid Host header" in body:
-            raise TrackingError(
-                f"The MLflow server at {uri} refuses requests under this host name. Start it with "
-                f"--allowed-hosts {urlsplit(uri).netloc}, or use a name that it allows."
-            ) from error
-        if error.code not in (401, 403):  # it wants a login, which the client has from MLFLOW_TRACKING_USERNAME
+        if error.code not in (401, 403):  # it wants a login, which the client has
             raise TrackingError(_not_mlflow(uri, str(error))) from error
     except http.client.RemoteDisconnected as error:
         _warn_unreachable(uri, str(error))
@@ -181,12 +185,62 @@ def _probe(uri: str) -> bool:
     except OSError as error:
         _warn_unreachable(uri, str(error))
         return False
+    return _answers_us(uri)
+
+
+def _answers_us(uri: str) -> bool:
+    """Whether the server does what a client asks: /health and /version answer to everybody, its database down or not.
+
+    Raises:
+      TrackingError: it refuses us, or knows nothing of experiments.
+    """
+    try:
+        MlflowClient(uri).search_experiments(max_results=1)
+    except MlflowException as error:
+        raise_refusal(uri, error)
+        if error.error_code not in _AWAY:
+            raise TrackingError(_not_mlflow(uri, one_line(error))) from error
+        _warn_unreachable(uri, one_line(error))
+        return False
     return True
+
+
+def raise_refusal(uri: str, error: MlflowException) -> None:
+    """Says what to do where the server refuses us rather than what we say; returns where it does not.
+
+    Raises:
+      TrackingError: it refuses this host name, or wants a login.
+    """
+    if "Invalid Host header" in str(error):
+        raise TrackingError(
+            f"The MLflow server at {uri} refuses requests under this host name. Start it with "
+            f"--allowed-hosts {urlsplit(uri).netloc}, or use a name that it allows."
+        ) from error
+    if error.error_code != "UNAUTHENTICATED":
+        return
+    user = own_user()
+    taken = f"that of the user {user!r}" if user else "the token" if "MLFLOW_TRACKING_TOKEN" in os.environ else "none"
+    raise TrackingError(
+        f"The MLflow server at {uri} wants a login, and {taken} will not do. Set MLFLOW_TRACKING_USERNAME and "
+        "MLFLOW_TRACKING_PASSWORD to one that it knows."
+    ) from error
+
+
+def own_user() -> str | None:
+    """The user that we log in as at a server; None where we have no whole login."""
+    known = read_mlflow_creds()
+    return known.username if known.username and known.password else None
 
 
 def _get(url: str) -> str:
     with urllib.request.urlopen(url, timeout=_PROBE_SECONDS) as response:
         return str(response.read(200).decode()).strip()
+
+
+def one_line(error: Exception) -> str:
+    """Why, in short: MLflow's message may have all of the server's answer in it, and has the cause at its end."""
+    text = str(error).partition("\n")[0]
+    return (text.partition("(Caused by ")[2].removesuffix(")") or text)[:200]
 
 
 def _not_mlflow(uri: str, reason: str) -> str:

@@ -187,8 +187,14 @@ class Outbox:
         return sent if sent.tracking_uri == tracking_uri else None
 
     def write_sent(self, sent: Sent) -> None:
-        """Remembers what MLflow has."""
-        write_text(self.folder / "sent.json", json.dumps(dataclasses.asdict(sent)))
+        """Remembers what MLflow has. Not forced to the disk, once a batch: what a power cut takes is sent again."""
+        part = self.folder / "sent.json.part"
+        try:
+            part.write_text(json.dumps(dataclasses.asdict(sent)))
+            part.replace(self.folder / "sent.json")
+        except OSError:
+            part.unlink(missing_ok=True)  # half a file, of a full disk
+            raise
 
     def refuse(self, what: Mapping[str, Any], reason: str) -> None:
         """Keeps what MLflow will never take, and why."""

@@ -23,6 +23,7 @@ from mlflow.tracking.context.registry import resolve_tags
 from distmaml.errors import TrackingError
 from distmaml.tracking.database import Tracking
 from distmaml.tracking.outbox import Dataset, Outbox, RunRecord
+from distmaml.tracking.sender import sender_to
 from distmaml.tracking.uploader import (
     HEARTBEAT_TAG,
     HOST_TAG,
@@ -56,7 +57,7 @@ class TrackedRun:
         tags: Mapping[str, str],
         dataset: Dataset | None = None,
         poll_seconds: float = 2.0,
-        heartbeat_seconds: float = 30.0,
+        heartbeat_seconds: float = 60.0,
     ) -> "TrackedRun":
         """Creates the run, or goes on with the one of this folder, and starts to send what the folder gets.
 
@@ -69,7 +70,7 @@ class TrackedRun:
           params: flat; None becomes "none", and learning rates are given as log10_* too, since the axes of MLflow's
             charts are linear.
           tags: added to those that MLflow finds itself (user, script, git commit and branch).
-          poll_seconds: between looks for new segments.
+          poll_seconds: between looks for new segments, at least: the more runs this process has, the rarer.
           heartbeat_seconds: between signs of life, by which `sweep` knows a dead run.
 
         Raises:
@@ -96,7 +97,12 @@ class TrackedRun:
                     all_tags["distmaml.changed_params"] = "; ".join(changes)
             outbox.write_run(record)
             uploader = Uploader(
-                outbox, tracking, alive=True, poll_seconds=poll_seconds, heartbeat_seconds=heartbeat_seconds
+                outbox,
+                tracking,
+                alive=True,
+                new=earlier is None,
+                poll_seconds=poll_seconds,
+                heartbeat_seconds=heartbeat_seconds,
             )
             try:
                 _connect(uploader, tracking)
@@ -154,21 +160,23 @@ class TrackedRun:
         """Sets tags."""
         self._tell("tags", {"tags": dict(tags)})
 
-    def end(self, status: Status, *, reason: str | None = None, timeout: float = 30.0) -> bool:
+    def end(self, status: Status, *, reason: str | None = None, timeout: float = 30.0, wait: bool = True) -> bool:
         """Ends the run and sends what is left for at most `timeout` seconds.
 
         Args:
           status: FINISHED, FAILED or KILLED.
           reason: becomes the tag distmaml.reason.
+          wait: for that. A driver of many runs does not: the thread that sends goes on for so long, `settle` waits
+            for all of them, and what was not sent by then is sent like that of any run.
 
         Returns:
-          Whether all of it was sent. The rest stays in the folder for `distmaml.tracking.uploader.replay`.
+          Whether all of it has been sent. The rest stays in the folder for `distmaml.tracking.uploader.replay`.
         """
         if reason is not None:
             self.add_tags({"distmaml.reason": reason})
         self._outbox.append("ended", _now_ms(), {"status": status})
-        drained = self._uploader.close(timeout)
-        if not drained:
+        drained = self._uploader.close(timeout, wait=wait)
+        if wait and not drained:
             log.warning(
                 "Not all of the run was sent to MLflow at %s. The rest stays in %s and can be sent later.",
                 self._tracking.uri,
@@ -179,6 +187,11 @@ class TrackedRun:
     def _tell(self, kind: str, content: Mapping[str, Any]) -> None:
         self._outbox.append(kind, _now_ms(), content)
         self._uploader.wake()
+
+
+def settle(tracking: Tracking, timeout: float) -> bool:
+    """Waits for what runs that have ended without waiting left to send; whether that was done in so many seconds."""
+    return sender_to(tracking.uri).settle(timeout)
 
 
 def _connect(uploader: Uploader, tracking: Tracking) -> None:
@@ -225,7 +238,8 @@ def sweep(tracking: Tracking, *, resuming: Path | None = None, silent_seconds: f
     """Marks runs KILLED that are still RUNNING in MLflow though their driver is gone.
 
     A driver is gone when its process is, where that ran on this machine, or when its last heartbeat is older than
-    `silent_seconds`. A driver that only lost its connection sets its run right with the next heartbeat.
+    `silent_seconds`. A driver that only lost its connection sets its run right with the next heartbeat. Runs that this
+    user may not write are left to theirs.
 
     Args:
       resuming: folder of a run that is about to go on, which is left alone.
@@ -243,8 +257,13 @@ def sweep(tracking: Tracking, *, resuming: Path | None = None, silent_seconds: f
             reason = _death(run, silent_seconds)
             if reason is None or (own is not None and run.data.tags[UID_TAG] == own.uid):
                 continue
-            client.set_tag(run.info.run_id, "distmaml.reason", reason)
-            client.set_terminated(run.info.run_id, "KILLED", _heartbeat_ms(run))
+            try:
+                client.set_tag(run.info.run_id, "distmaml.reason", reason)
+                client.set_terminated(run.info.run_id, "KILLED", _heartbeat_ms(run))
+            except MlflowException as error:
+                if error.error_code != "PERMISSION_DENIED":
+                    raise
+                continue  # it is somebody else's, who will see to it
             killed.append(run.info.run_id)
             log.warning("The MLflow run %r is marked KILLED: %s.", run.info.run_name, reason)
     except MlflowException as error:

@@ -91,7 +91,19 @@ def test_an_output_directory_that_is_a_file_is_refused(tmp_path: Path) -> None:
         open_tracking(tmp_path / "file")
 
 
-@pytest.mark.parametrize("uri", ["postgresql://maml:secret@host/mlflow", "sqlite:///elsewhere.db", "./mlruns", "http:"])
+@pytest.mark.parametrize(
+    "uri",
+    [
+        *(
+            "postgresql://maml:secret@host/mlflow",
+            "sqlite:///elsewhere.db",
+            "./mlruns",
+            "http:",
+            "maml:secret@host:5000",
+        ),
+        *("http://host:5000?api_key=secret", "http://host:5000/#/experiments/1"),
+    ],
+)
 def test_only_the_address_of_a_server_is_a_tracking_uri(tmp_path: Path, uri: str) -> None:
     with pytest.raises(TrackingError, match="not the address of an MLflow server") as info:
         open_tracking(tmp_path, uri)
@@ -99,10 +111,12 @@ def test_only_the_address_of_a_server_is_a_tracking_uri(tmp_path: Path, uri: str
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_password_does_not_belong_in_the_address(tmp_path: Path) -> None:
-    with pytest.raises(TrackingError, match="MLFLOW_TRACKING_PASSWORD") as info:
-        open_tracking(tmp_path, "http://maml:secret@127.0.0.1:5000")
-    assert "secret" not in str(info.value)
+@pytest.mark.parametrize("login", ["maml:secret", "secret", "maml:sec/ret", "maml:sec@ret", "maml:sec?ret#"])
+def test_a_login_does_not_belong_in_the_address(tmp_path: Path, login: str) -> None:
+    with pytest.raises(TrackingError, match="MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD") as info:
+        open_tracking(tmp_path, f"http://{login}@127.0.0.1:5000")
+    assert "sec" not in str(info.value)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_the_environment_names_the_server_where_nothing_else_does(
@@ -142,9 +156,23 @@ class _Missing(_Website):
         self.send_error(404)
 
 
-@pytest.fixture(params=[_Website, _Broken, _Missing])
-def not_mlflow(request: pytest.FixtureRequest) -> Iterator[str]:
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), request.param) as server:
+class _Healthy(_Website):
+    """Looks like MLflow from afar: /health is common, and any answer may be about to want a login."""
+
+    def do_GET(self) -> None:
+        if self.path == "/health":
+            self.send_response(200)
+            self.end_headers()
+            self.wfile.write(b"OK")
+        else:
+            self.send_error(401)
+
+    def do_POST(self) -> None:
+        self.send_error(404)
+
+
+def _serve(handler: type[http.server.BaseHTTPRequestHandler]) -> Iterator[str]:
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
         thread = threading.Thread(target=server.serve_forever)
         thread.start()
         yield f"http://127.0.0.1:{server.server_address[1]}"
@@ -152,9 +180,42 @@ def not_mlflow(request: pytest.FixtureRequest) -> Iterator[str]:
         thread.join()
 
 
-def test_a_server_that_is_not_mlflow_is_refused(tmp_path: Path, not_mlflow: str) -> None:
-    with pytest.raises(TrackingError, match="is not an MLflow server"):
+@pytest.fixture(params=[_Website, _Broken, _Missing, _Healthy])
+def not_mlflow(request: pytest.FixtureRequest) -> Iterator[str]:
+    yield from _serve(request.param)
+
+
+def test_a_server_that_is_not_mlflow_is_refused_in_one_line(tmp_path: Path, not_mlflow: str) -> None:
+    with pytest.raises(TrackingError, match="is not an MLflow server") as info:
         open_tracking(tmp_path, not_mlflow)
+    assert not_mlflow in str(info.value)
+    assert "\n" not in str(info.value)
+
+
+class _NoDatabase(_Website):
+    """An MLflow that lives while its database is away."""
+
+    def do_GET(self) -> None:
+        self.send_response(200)
+        self.end_headers()
+        self.wfile.write({"/health": b"OK", "/version": b"3.17.2"}[self.path])
+
+    def do_POST(self) -> None:
+        self.send_response(500)
+        self.end_headers()
+        self.wfile.write(b'{"error_code": "INTERNAL_ERROR", "message": "connection refused"}')
+
+
+@pytest.fixture
+def no_database() -> Iterator[str]:
+    yield from _serve(_NoDatabase)
+
+
+def test_a_server_whose_database_is_away_counts_as_away(
+    tmp_path: Path, no_database: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    assert not open_tracking(tmp_path, no_database).reachable
+    assert "cannot be reached" in caplog.text
 
 
 def test_the_user_s_own_settings_of_mlflow_are_left_alone() -> None:
