@@ -26,7 +26,7 @@ from distmaml.search import Halving, Trial, pruned, search
 from distmaml.searchers import searcher
 from distmaml.space import Search
 from distmaml.trial import of_trial, run_trial
-from distmaml.trials import SETTLE_SECONDS, Trials
+from distmaml.trials import Trials
 
 log = logging.getLogger("distmaml")
 
@@ -116,7 +116,6 @@ def _tune(config: Config, options: Search, interrupt: Interrupt) -> Study:
                 tested = _test(winner, resources)
         _record(config, options, chosen, journal, run, best=best, winner=winner, tested=tested)
         registered = experiment.register(winner, paths.model(paths.run_folder(winner)), run, tracking)
-        experiment.settle(tracking, SETTLE_SECONDS)
         experiment.send_left_over(
             [paths.run_folder(of_trial(config, Trial(n, t.values))) for n, t in journal.trials.items()], tracking
         )
@@ -216,6 +215,7 @@ def _run_all(
                 _search(config, halving, trials, resources, concurrent, until=stage)
             if stage < steps:
                 trials.move(chosen, stage)
+        trials.finished()
     except BaseException:
         trials.interrupted()
         raise

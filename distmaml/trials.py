@@ -159,6 +159,10 @@ class Trials:
                     + "  ".join(f"{field}={text(value)}" for field, value in move.values.items())
                 )
 
+    def finished(self) -> None:
+        """All trials have ended: waits, for a while, until MLflow knows how."""
+        experiment.settle(self._tracking, SETTLE_SECONDS)
+
     def interrupted(self) -> None:
         """The search ends before its trials do."""
         for number in list(self._runs):
