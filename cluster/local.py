@@ -5,10 +5,12 @@ ends them all; `status` says what there is. Ray's own `ray start --address` refu
 loopback, hence the process.
 """
 
+import contextlib
 import itertools
 import json
 import os
 import secrets
+import shlex
 import shutil
 import signal
 import socket
@@ -60,17 +62,19 @@ def up(
     folder.mkdir(parents=True, exist_ok=True, mode=0o700)
     if _processes(folder):
         raise Failed(f"a cluster runs already, from {folder}: cluster/local.sh status, or down.")
+    _remove_leftovers(folder)
     for port, option in ((dashboard_port, "--dashboard-port"), (mlflow_port, "--mlflow-port")):
         if port and _in_use(port):
             raise Failed(f"port {port} is in use. Take another one by {option}; 0 takes any.")
-    _state_file(folder).unlink(missing_ok=True)
     _new_token(folder)
     command = ["serve", "--num-nodes", num_nodes, "--cpus-per-node", cpus_per_node, "--folder", folder]
     command += ["--dashboard-port", dashboard_port or _free_port(), "--mlflow-port", mlflow_port or _free_port()]
+    temporary = Path(tempfile.mkdtemp(prefix="dm-", dir="/tmp"))  # a socket's path may have 107 characters
+    (folder / "temporary").write_text(str(temporary))
     with (folder / "cluster.log").open("wb") as log:
         process = subprocess.Popen(
             [sys.executable, __file__, *map(str, command)],
-            env=_environment(folder),
+            env=_environment(folder, temporary),
             stdin=subprocess.DEVNULL,
             stdout=log,
             stderr=log,
@@ -86,14 +90,13 @@ def up(
 
 
 def status(folder: Path | None = None) -> None:
-    """Say what there is, and what a shell needs to use it.
+    """Say how many nodes live, and what a shell needs to use them.
 
     Args:
       folder: for its state. Default: $DISTMAML_HOME/cluster, else ~/distmaml/cluster.
     """
     folder = _folder(folder)
-    if not _processes(folder) or not _state_file(folder).exists():
-        raise Failed(f"no cluster runs from {folder}: cluster/local.sh up.")
+    _holder(folder)
     _say(folder)
 
 
@@ -104,15 +107,16 @@ def add(folder: Path | None = None) -> None:
       folder: for the cluster's state. Default: $DISTMAML_HOME/cluster, else ~/distmaml/cluster.
     """
     folder = _folder(folder)
-    if not _state_file(folder).exists():
-        raise Failed(f"no cluster runs from {folder}: cluster/local.sh up.")
-    before = json.loads(_state_file(folder).read_text())["added"]
-    _processes(folder)[0].send_signal(signal.SIGUSR1)
+    holder = _holder(folder)
+    before = json.loads(_state_file(folder).read_text())["asked"]
+    holder.send_signal(signal.SIGUSR1)
     deadline = time.monotonic() + START_SECONDS
-    while json.loads(_state_file(folder).read_text())["added"] == before:
-        if time.monotonic() > deadline:
-            raise Failed(f"no node came in {START_SECONDS} s; {folder / 'cluster.log'} may say why.")
+    while (state := json.loads(_state_file(folder).read_text()))["asked"] == before:
+        if time.monotonic() > deadline or not holder.is_running():
+            raise Failed(f"no node came; {folder / 'cluster.log'} may say why.")
         time.sleep(0.1)
+    if state["failure"]:
+        raise Failed(f"no node came: {state['failure']}; {folder / 'cluster.log'} may say more.")
 
 
 def down(folder: Path | None = None) -> None:
@@ -132,17 +136,22 @@ def serve(num_nodes: int, cpus_per_node: int, dashboard_port: int, mlflow_port: 
     """Hold the cluster until SIGTERM; `up` starts this in the background."""
     signal.signal(signal.SIGTERM, lambda *_: sys.exit())  # what Ray sets it to later does the same
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGUSR1})  # of `add`: waited for below
-    mlflow = start_mlflow(folder, mlflow_port)
-    cluster = start_ray(num_nodes, cpus_per_node, dashboard_port)
-    try:
+    with contextlib.ExitStack() as servers:
+        mlflow = start_mlflow(folder, mlflow_port)
+        servers.callback(mlflow.terminate)
+        cluster = start_ray(dashboard_port)
+        servers.callback(cluster.shutdown)
+        for _ in range(num_nodes):
+            add_node(cluster, cpus_per_node)
         _wait_until_ready(mlflow, mlflow_port)
-        for added in itertools.count():
+        failure = None
+        for asked in itertools.count():
             state = {
                 "dashboard": f"http://127.0.0.1:{dashboard_port}",
                 "ray": cluster.address,
                 "mlflow": f"http://127.0.0.1:{mlflow_port}",
-                "nodes": f"{num_nodes + added} nodes of {cpus_per_node} CPUs",
-                "added": added,
+                "asked": asked,
+                "failure": failure,
             }
             partial = _state_file(folder).with_suffix(".partial")
             partial.write_text(json.dumps(state))
@@ -150,24 +159,22 @@ def serve(num_nodes: int, cpus_per_node: int, dashboard_port: int, mlflow_port: 
             while signal.sigtimedwait([signal.SIGUSR1], 1.0) is None:
                 if mlflow.poll() is not None:
                     raise Failed("the MLflow server has ended; its log is mlflow.log.")
-            add_node(cluster, cpus_per_node)
-    finally:
-        mlflow.terminate()
-        cluster.shutdown()
+            failure = None
+            try:
+                add_node(cluster, cpus_per_node)
+            except Exception as error:  # the others go on
+                failure = f"{type(error).__name__}: {error}"
 
 
 # ------------------------------------------------------------------------------------------------- servers
 
 
-def start_ray(num_nodes: int, cpus_per_node: int, dashboard_port: int) -> Any:
-    """A head and nodes beside it, as `ray.cluster_utils.Cluster`, in the environment that `environment` describes."""
+def start_ray(dashboard_port: int) -> Any:
+    """A head, as `ray.cluster_utils.Cluster`, in the environment that `_environment` describes."""
     from ray.cluster_utils import Cluster
 
     head = {"num_cpus": 0, "include_dashboard": True, "dashboard_host": "127.0.0.1", "dashboard_port": dashboard_port}
-    cluster = Cluster(initialize_head=True, head_node_args=head)
-    for _ in range(num_nodes):
-        add_node(cluster, cpus_per_node)
-    return cluster
+    return Cluster(initialize_head=True, head_node_args=head)
 
 
 def add_node(cluster: Any, num_cpus: int) -> Any:
@@ -176,12 +183,12 @@ def add_node(cluster: Any, num_cpus: int) -> Any:
 
 
 def start_mlflow(folder: Path, port: int) -> subprocess.Popen[bytes]:
-    """An MLflow server over $MLFLOW_BACKEND_STORE_URI, or over a database in the folder."""
+    """An MLflow server over a database in the folder."""
     command = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(port), "--workers", "1"]
     command += ["--artifacts-destination", str(folder / "mlartifacts")]
     command += ["--allowed-hosts", f"127.0.0.1:{port},localhost:{port}"]
     settings = {
-        "MLFLOW_BACKEND_STORE_URI": os.environ.get("MLFLOW_BACKEND_STORE_URI", f"sqlite:///{folder / 'mlflow.db'}"),
+        "MLFLOW_BACKEND_STORE_URI": f"sqlite:///{folder / 'mlflow.db'}",
         "MLFLOW_DISABLE_TELEMETRY": "true",
         "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",
     }
@@ -189,29 +196,26 @@ def start_mlflow(folder: Path, port: int) -> subprocess.Popen[bytes]:
         return subprocess.Popen(command, cwd=folder, env={**os.environ, **settings}, stdout=log, stderr=log)
 
 
-def environment(token_file: Path, temporary: Path) -> dict[str, str]:
-    """What every process of the cluster must have in its environment.
+def _environment(folder: Path, temporary: Path) -> dict[str, str]:
+    """What every process of the cluster has in its environment, and so the jobs on it.
 
     Args:
-      token_file: which its user alone can read. The token itself would show in the environment of every job.
       temporary: a folder with a short path, for Ray's sockets and logs.
     """
+    # Tokens and passwords of other things would show in every job.
+    foreign = ("RAY_ADDRESS", "RAY_AUTH_TOKEN", "MLFLOW_BACKEND_STORE_URI")
     return {
+        **{name: value for name, value in os.environ.items() if name not in foreign},
         **HEALTH,
+        MARK: str(folder),
         "PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")]),  # `python` of jobs
         "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",  # Ray's name for: all ports on 127.0.0.1
         "RAY_AUTH_MODE": "token",
-        "RAY_AUTH_TOKEN_PATH": str(token_file),
+        "RAY_AUTH_TOKEN_PATH": str(folder / "token"),
         "RAY_TMPDIR": str(temporary),
         "RAY_USAGE_STATS_ENABLED": "0",
         "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
     }
-
-
-def _environment(folder: Path) -> dict[str, str]:
-    inherited = {name: value for name, value in os.environ.items() if name not in ("RAY_ADDRESS", "RAY_AUTH_TOKEN")}
-    temporary = Path(tempfile.mkdtemp(prefix="dm-", dir="/tmp"))  # a socket's path may have 107 characters
-    return {**inherited, **environment(folder / "token", temporary), MARK: str(folder)}
 
 
 def _wait_until_ready(process: subprocess.Popen[bytes], port: int) -> None:
@@ -243,9 +247,11 @@ def _new_token(folder: Path) -> None:
 
 def _say(folder: Path) -> None:
     state = json.loads(_state_file(folder).read_text())
+    nodes = sum(process.name() == "raylet" for process in _processes(folder)) - 1
     print(
-        f"{state['nodes']}; Ray {state['ray']}, dashboard {state['dashboard']}, MLflow {state['mlflow']}\n\n"
-        f"export RAY_AUTH_MODE=token RAY_AUTH_TOKEN_PATH={folder / 'token'}\n"
+        f"{nodes} node{'' if nodes == 1 else 's'} beside the head; dashboard {state['dashboard']}, "
+        f"MLflow {state['mlflow']}\n\n"
+        f"export RAY_AUTH_MODE=token RAY_AUTH_TOKEN_PATH={shlex.quote(str(folder / 'token'))}\n"
         f"export RAY_API_SERVER_ADDRESS={state['dashboard']} MLFLOW_TRACKING_URI={state['mlflow']}\n"
         f"ray job submit --working-dir . --runtime-env cluster/runtime_env.yaml -- \\\n"
         f"    python jobs/train.py glyphs-maml-5w1s --num-workers 2 --tracking-uri {state['mlflow']} --name first"
@@ -264,27 +270,42 @@ def _processes(folder: Path) -> list[psutil.Process]:
     return sorted(found, key=lambda process: process.create_time())
 
 
+def _holder(folder: Path) -> psutil.Process:
+    """The process that holds the cluster of a folder.
+
+    Raises:
+      Failed: there is none.
+    """
+    for process in _processes(folder):
+        with contextlib.suppress(psutil.Error):
+            if "serve" in process.cmdline() and _state_file(folder).exists():
+                return process
+    raise Failed(f"no cluster runs from {folder}: cluster/local.sh up.")
+
+
 def _end(folder: Path) -> None:
     """Ends all processes of a cluster, in order where they do it in time."""
-    processes = _processes(folder)
-    temporary = {_variable(process, "RAY_TMPDIR") for process in processes} - {None}
-    for process in processes[:1]:
-        process.terminate()
+    for process in _processes(folder)[:1]:
+        with contextlib.suppress(psutil.Error):
+            process.terminate()
     deadline = time.monotonic() + STOP_SECONDS
     while _processes(folder) and time.monotonic() < deadline:
         time.sleep(0.2)
-    for process in _processes(folder):
-        process.kill()
+    left = _processes(folder)
+    for process in left:
+        with contextlib.suppress(psutil.Error):  # with its node it may have gone by itself
+            process.kill()
+    psutil.wait_procs(left, timeout=5)
+    _remove_leftovers(folder)
+
+
+def _remove_leftovers(folder: Path) -> None:
+    """What a cluster that is no more has left of itself, but for its logs and its database."""
     _state_file(folder).unlink(missing_ok=True)
-    for name in temporary:
-        shutil.rmtree(str(name), ignore_errors=True)
-
-
-def _variable(process: psutil.Process, name: str) -> str | None:
-    try:
-        return process.environ().get(name)
-    except psutil.Error:
-        return None
+    note = folder / "temporary"
+    if note.exists():
+        shutil.rmtree(note.read_text(), ignore_errors=True)
+        note.unlink()
 
 
 def _in_use(port: int) -> bool:

@@ -203,6 +203,10 @@ class Run:
     """Name of the run: its folder under OUTPUT_DIR/runs and its name in MLflow. Default: recipe, date and time."""
     output_dir: Path | None = None
     """Everything a run makes lies here: stores, runs, mlflow.db. Default: $DISTMAML_HOME, else ~/distmaml."""
+    storage: str | None = None
+    """For nodes that share no disk: the run's folder is mirrored at STORAGE/runs/NAME, by which all nodes, and another
+    head that goes on with the run, see it (s3://bucket/prefix; also gs:// and file:///). OUTPUT_DIR is then a folder of
+    each node's own. Credentials come from the environment of each node."""
     resume: bool = False
     """Go on with the run of this name where it stopped."""
     tracking_uri: str | None = None
@@ -465,11 +469,20 @@ def _in_words(hint: Any) -> str:
 
 MAY_CHANGE = {
     *("name", "output_dir", "resume", "tracking_uri", "experiment", "log_every", "checkpoint_every", "data_dir"),
+    "storage",
     *("num_workers", "use_gpu", "gpus_per_worker", "address", "max_failures", "collective_timeout", "node_timeout"),
     *("num_outer_steps", "patience", "num_test_episodes", "inductive"),
 }
 """Fields that may differ between a run and its resumption. With ordered sums another number of workers leaves the
 result the same to the last bit. More outer steps stretch the schedule: a cosine that had come down goes up again."""
+
+
+def is_repeated(before: Mapping[str, Any], config: Config) -> bool:
+    """Whether an earlier configuration, from `to_json`, is asked for again, on whatever cluster and MLflow."""
+    now = to_json(config)
+    where = {"resume", "tracking_uri", "storage", *(entry.name for entry in dataclasses.fields(config.cluster))}
+    where |= {"output_dir"} if config.run.storage else set()  # that of another head
+    return all(before[name] == now.get(name) for name in before if name not in where)
 
 
 def changes(before: Mapping[str, Any], config: Config) -> list[str]:

@@ -4,23 +4,28 @@ import functools
 import json
 import logging
 import shutil
+import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import NamedTuple
 
-from distmaml import build, checkpoint, experiment, loop, paths, preflight, report, workers
+from distmaml import build, checkpoint, experiment, loop, mirror, paths, preflight, report, workers
 from distmaml.config import Config, override, to_json
 from distmaml.episodes import num_chunks
-from distmaml.errors import ClusterError, ConfigError
+from distmaml.errors import ClusterError, ConfigError, RunError
 from distmaml.files import write_text
 from distmaml.interrupt import Interrupt, interruptible
+from distmaml.mirror import Mirror
 from distmaml.progress import Progress, say
 from distmaml.recorder import check_data, file_of, save_now
 from distmaml.scoring import Evaluated, Intervals
 from distmaml.worker import Worker
 
 log = logging.getLogger("distmaml")
+
+SAVE_SECONDS = 30.0
+"""For a checkpoint when a run is stopped; more than one long step."""
 
 
 class Outcome(NamedTuple):
@@ -56,6 +61,8 @@ def train(config: Config) -> Outcome:
 def _train(config: Config, interrupt: Interrupt) -> Outcome:
     config = workers.checked(config)
     folder, output, name = paths.run_folder(config), paths.output_dir(config.run.output_dir), config.run.name or ""
+    storage = mirror.of(config)
+    preflight.take_run(storage, folder)
     if not config.run.resume and preflight.is_interrupted(config, folder):
         say(f"{name} was stopped after {checkpoint.steps(paths.checkpoints(folder))[-1]} outer steps: it goes on.")
         config = override(config, {"resume": True})
@@ -69,21 +76,27 @@ def _train(config: Config, interrupt: Interrupt) -> Outcome:
         say("The run goes on without it: its points are kept in its folder, and sent when the server is back.")
     if not config.run.resume and preflight.remove_false_start(folder):
         say(f"An earlier {name} ended before its first checkpoint; it starts anew.")
-    with experiment.tracked(config, folder, tracking, interrupt) as run:
+        storage.clear()
+    with ExitStack() as at_last, experiment.tracked(config, folder, tracking, interrupt) as run:
         view = experiment.view(config, run, tracking)
         write_text(paths.config_file(folder), json.dumps(to_json(config), indent=2))
         build.pin_store(config)
+        storage.delete(paths.progress(folder), paths.save_request(folder))  # of an earlier start
+        at_last.enter_context(storage.kept())  # whose end is after that of the MLflow run
         shutil.rmtree(paths.ray(output) / name, ignore_errors=True)  # of a driver that was killed outright
         with workers.cluster(config) as resources:
             _tell_of_idle_workers(config)
             least, most = config.cluster.team
             team = workers.count(most, "worker") if least == most else f"{least} to {most} workers"
-            say(f"{team} on {workers.described(resources)}; the run lies in {folder}")
-            with _told_how_to_go_on(config, folder), Progress(config, folder):
+            say(f"{team} on {workers.described(resources)}; the run lies in {storage.shown or folder}")
+            with storage.followed(), _told_how_to_go_on(config, folder, storage), Progress(config, folder):
                 metrics, tested = workers.fit(
                     train_and_test, config, name, resources, max_failures=config.cluster.max_failures,
-                    before_resize=functools.partial(save_now, folder),
+                    before_resize=functools.partial(save_now, folder, storage=config.run.storage),
                 )  # fmt: skip
+                storage.follow()
+        storage.pull(paths.model(folder))
+        storage.pull_newest()
         run.add_artifact(paths.model(folder), "model")
         run.add_artifact(paths.config_file(folder), None)
         if tested is not None:
@@ -123,15 +136,27 @@ def _draw(config: Config, folder: Path, scores: Intervals | None) -> list[Path]:
 
 
 @contextmanager
-def _told_how_to_go_on(config: Config, folder: Path) -> Iterator[None]:
+def _told_how_to_go_on(config: Config, folder: Path, storage: Mirror) -> Iterator[None]:
     try:
         yield
     except (ClusterError, KeyboardInterrupt) as error:
-        if isinstance(error, KeyboardInterrupt):
-            save_now(folder)  # the workers train until their cluster is let go of
-        if checkpoint.steps(paths.checkpoints(folder)):
-            say(f"Its checkpoints are kept: the same command with --name {config.run.name} goes on.")
+        if isinstance(error, KeyboardInterrupt) and _is_training(config, folder):
+            # The workers train until their cluster is let go of.
+            save_now(folder, storage=storage.uri, seconds=SAVE_SECONDS)
+        with suppress(RunError):
+            if storage.hasty().checkpoints():
+                say(f"Its checkpoints are kept: the same command with --name {config.run.name} goes on.")
         raise
+
+
+def _is_training(config: Config, folder: Path) -> bool:
+    """Whether the workers were at it a moment ago, and neither at their start nor at the test."""
+    try:
+        progress = json.loads(paths.progress(folder).read_text())
+        age = time.time() - paths.progress(folder).stat().st_mtime
+    except (OSError, ValueError):
+        return False
+    return age < SAVE_SECONDS and int(progress["step"]) < config.outer.num_outer_steps
 
 
 # ------------------------------------------------------------------------------------------ evaluation
@@ -148,16 +173,20 @@ def evaluate(config: Config, *, split: str, step: int | None) -> tuple[Evaluated
     """
     with interruptible():
         config = workers.checked(config)
-        folder = paths.run_folder(config)
-        known = checkpoint.steps(paths.checkpoints(folder))
+        folder, storage = paths.run_folder(config), mirror.of(config)
+        known = storage.checkpoints()
         if step is not None and step not in known:
             raise ConfigError(
                 f"step={step} has no checkpoint; there are those of {', '.join(map(str, known)) or 'none'}."
             )
+        storage.pull(paths.pinned_store(folder), file_of(folder, step))
         check_data(checkpoint.load(file_of(folder, step))[1], config)
         opened = build.store(config)
         if opened is not None:
             opened.verify()
+        if storage.uri:
+            with suppress(RunError), preflight.claimed(folder):  # otherwise its driver, on this node, knows better
+                storage.pull_tracking()
         tracking = experiment.open_tracking(config, resuming=folder)
         with workers.cluster(config) as resources:
             scoring = functools.partial(loop.evaluate, split=split, step=step)
@@ -167,5 +196,9 @@ def evaluate(config: Config, *, split: str, step: int | None) -> tuple[Evaluated
         files = report.write_evaluation(config, folder, found, split=split, name=name)
         # Not test/*: what the run itself measured at its end stays its result.
         metrics = report.metrics_of(found.scores, prefix=f"evaluation_{split}")
-        experiment.add_evaluation(folder, tracking, found.step, metrics, files)
+        if storage.uri and experiment.status(folder) is None:
+            say("The run has not ended, as far as its storage knows: MLflow is not told of these scores.")
+        else:
+            experiment.add_evaluation(folder, tracking, found.step, metrics, files)
+        storage.push_own()
     return found, files

@@ -58,13 +58,6 @@ def send_left_over(folders: Sequence[Path], tracking: Any) -> list[Path]:
     return sent
 
 
-def settle(tracking: Any, seconds: float) -> None:
-    """Waits, for some seconds at most, until MLflow has what runs that have ended in this process had to tell it."""
-    from distmaml.tracking import runs
-
-    runs.settle(tracking, seconds)
-
-
 def status(folder: Path) -> str | None:
     """How the MLflow run of a folder ended: FINISHED, FAILED or KILLED; None where it has not."""
     return Outbox(folder).status()

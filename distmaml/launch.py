@@ -1,7 +1,5 @@
 """Runs a loop on Ray workers. The only import of ray.train; knows nothing of what the loop does."""
 
-import contextlib
-import enum
 import logging
 import math
 import os
@@ -15,7 +13,8 @@ from typing import Any, TypeVar
 
 import torch
 
-from distmaml.errors import ClusterError, DistmamlError, first_line
+from distmaml import supervisor
+from distmaml.errors import ClusterError, DistmamlError
 from distmaml.ray_cluster import cluster_resources
 from distmaml.worker import Worker
 
@@ -27,16 +26,14 @@ ResultT = TypeVar("ResultT")
 
 WORKER_ENVIRONMENT = {
     "OMP_NUM_THREADS": "1",  # a worker a core: two threads in one process are worth 1.4 (Conv4, two cores)
-    "TORCH_PROCESS_GROUP_SHUTDOWN_TIMEOUT_S": "5",
     # glibc gives large blocks back at every free and faults them in again; keeping them is worth 1.2 to 1.3
     "MALLOC_MMAP_THRESHOLD_": str(2**30),
     "MALLOC_TRIM_THRESHOLD_": str(2**32),
 }
 RESIZE_SECONDS = 20.0
 """Between two looks of an elastic run whether there is room for more workers."""
-_MOST_PREEMPTIONS = 1_000
 _TRIES = 100_000
-"""Ray Train's own counts reach no end: what ends a run are the counts and times that are kept here."""
+"""Ray Train's own counts reach no end: what ends a run are the counts and times that `supervisor` keeps."""
 _LOOK_SECONDS = 2.0
 """Between two looks whether the node of a worker has been told to go."""
 
@@ -86,7 +83,8 @@ def fit(
         def _register_sigint_handler(self, controller: Any) -> None:
             """Ray Train would take SIGINT for itself, and exit with status 0."""
 
-    ENV_VARS_TO_PROPAGATE.add("RAY_ADDRESS")  # see `ray_cluster._found_by_ray_train`
+    # See `ray_cluster._found_by_ray_train`; and how long the controller waits for workers that hang.
+    ENV_VARS_TO_PROPAGATE.update(["RAY_ADDRESS", "TORCH_PROCESS_GROUP_SHUTDOWN_TIMEOUT_S"])
     _check_room(least, gpus_per_worker)
 
     def trainer(attempt: int) -> Trainer:
@@ -112,8 +110,10 @@ def fit(
                 worker_runtime_env={"env_vars": worker_environment()},
                 logging_config=ray.train.LoggingConfig(log_level="ERROR"),  # it warns of every crash with a traceback
                 callbacks=[
-                    _after_failures(max_failures - attempt),
-                    _between_groups(least, gpus_per_worker, node_timeout, before_resize),
+                    *supervisor.callbacks(
+                        supervisor.Limits(least, gpus_per_worker, max_failures - attempt, max_failures, node_timeout),
+                        before_resize,
+                    ),
                     *callbacks,
                 ],
             ),
@@ -130,18 +130,21 @@ def _fit(trainer: Callable[[int], Any], max_failures: int) -> Any:
     import ray
     import ray.train
 
-    for remaining in range(max_failures, -1, -1):
+    for attempt in range(max_failures + 1):
+        started = trainer(attempt)
         try:
-            return trainer(max_failures - remaining).fit().return_value
+            return started.fit().return_value
         except (ray.train.TrainingFailedError, ray.exceptions.RayError) as error:
             failure = getattr(error, "controller_failure", error)
-            if isinstance(failure, Exception) and not _of_ray(failure):
+            if isinstance(failure, Exception) and not supervisor.is_of_ray(failure):
                 raise failure from None
             # Ray Train's own controller has died, or a worker in its first moments: that it does not try again itself.
-            if isinstance(failure, ray.exceptions.RayError) and remaining > 0:
-                log.warning("Ray Train failed (%s); it is started again.", _in_short(failure))
+            if isinstance(failure, ray.exceptions.RayError) and attempt < max_failures:
+                log.warning("Ray Train failed (%s); it is started again.", supervisor.in_short(failure))
                 continue
-            raise _failed_too_often(max_failures, _cause(error)) from error
+            raise supervisor.failed_too_often(max_failures, supervisor.cause(error)) from error
+        finally:
+            supervisor.withdraw_request(started.train_run_context.run_id)
     raise AssertionError("the last round returns or raises")
 
 
@@ -191,121 +194,9 @@ class RayWorker:
 
         node = ray.get_runtime_context().get_node_id()
         while not self._leaving.is_set():
-            with contextlib.suppress(Exception):  # the head may be away for a moment, and training does not need it
-                if node in _draining_nodes():
-                    self._leaving.set()
+            if node in supervisor.draining_nodes():
+                self._leaving.set()
             time.sleep(_LOOK_SECONDS)
-
-
-# ---------------------------------------------------------------------------------------------- failures
-
-
-def _after_failures(max_failures: int) -> Any:
-    from ray.train import ControllerError, UserCallback
-
-    class AfterFailures(UserCallback):  # type: ignore[misc, unused-ignore]
-        """Says which failures of workers are tried again.
-
-        Raised in the controller, an exception ends a run at once, where a worker's would start it again; as a
-        ControllerError it is not logged with its traceback.
-        """
-
-        def __init__(self) -> None:
-            self._failures = self._preemptions = 0
-
-        def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:
-            error = min(worker_exceptions.values(), key=_kind)
-            if _kind(error) in (_Kind.ON_PURPOSE, _Kind.MISTAKE):
-                raise ControllerError(error)
-            # Ray Train takes what the survivors of a node say for a failure, also where the node had said that it goes.
-            if _draining_nodes() and self._preemptions < _MOST_PREEMPTIONS:
-                self._preemptions += 1
-                log.warning("A node has gone, as it had said; all start from the last checkpoint.")
-                return
-            self._failures += 1
-            if self._failures > max_failures:
-                raise ControllerError(_failed_too_often(max_failures, error))
-            log.warning("A worker failed (%s); all start from the last checkpoint.", _in_short(error))
-
-    return AfterFailures()
-
-
-def _draining_nodes() -> dict[str, int]:
-    """The nodes that have been told to go."""
-    from ray._private.state import state  # holds a connection, so nothing that is sent to another process may hold it
-
-    found: dict[str, int] = state.get_draining_nodes()
-    return found
-
-
-def _failed_too_often(max_failures: int, error: BaseException) -> ClusterError:
-    return ClusterError(f"the workers failed more than {max_failures} times; the last error was: {_in_short(error)}.")
-
-
-def _between_groups(
-    num_workers: int, gpus_per_worker: float, node_timeout: float, before_resize: Callable[[], object] | None
-) -> Any:
-    from ray.train import ControllerError
-    from ray.train.v2._internal.execution.callback import ControllerCallback
-    from ray.train.v2._internal.execution.controller import state
-
-    waiting = (state.InitializingState, state.SchedulingState, state.RestartingState, state.ReschedulingState)
-
-    class BetweenGroups(ControllerCallback):  # type: ignore[misc, unused-ignore]
-        """What the controller does not look after when there are no workers, or other ones are to come.
-
-        It would wait for ever where a node is gone and none comes.
-        """
-
-        def __init__(self) -> None:
-            self._since: float | None = None
-
-        def after_controller_state_update(self, previous: Any, current: Any) -> None:
-            if isinstance(current, state.ResizingState) and before_resize is not None:
-                before_resize()
-            if not isinstance(current, waiting):
-                self._since = None
-                return
-            self._since = self._since or time.monotonic()
-            if time.monotonic() - self._since > node_timeout:
-                wants, has, free = _wanted_and_there(num_workers, gpus_per_worker)
-                raise ControllerError(
-                    ClusterError(
-                        f"for {node_timeout:g} s there was no room for {num_workers} workers: they need {wants}, and "
-                        f"the cluster has {has}, of which {free} are free. Add nodes, lower --num-workers, or wait "
-                        "longer by --node-timeout."
-                    )
-                )
-
-    return BetweenGroups()
-
-
-class _Kind(enum.IntEnum):
-    """What an error of a worker tells, the most telling first."""
-
-    ON_PURPOSE = 0
-    MISTAKE = 1
-    DEATH = 2
-    CONSEQUENCE = 3
-    """RuntimeError and OSError are what the survivors get from their collectives; what raises them is tried again."""
-
-
-def _kind(error: BaseException) -> _Kind:
-    if isinstance(error, DistmamlError):
-        return _Kind.ON_PURPOSE
-    if _of_ray(error):
-        return _Kind.DEATH
-    return _Kind.CONSEQUENCE if isinstance(error, RuntimeError | OSError | MemoryError) else _Kind.MISTAKE
-
-
-def _cause(error: BaseException) -> BaseException:
-    """The most telling of the errors of a worker group."""
-    failures = getattr(error, "worker_failures", {})
-    return min(failures.values(), key=_kind) if failures else getattr(error, "controller_failure", error)
-
-
-def _of_ray(error: object) -> bool:
-    return type(error).__module__.partition(".")[0] == "ray"
 
 
 def _check_room(num_workers: int, gpus_per_worker: float) -> None:
@@ -322,25 +213,7 @@ def _check_room(num_workers: int, gpus_per_worker: float) -> None:
             )
 
 
-def _wanted_and_there(num_workers: int, gpus_per_worker: float) -> tuple[str, str, str]:
-    """What workers need, what the cluster has, and what of it nobody uses, in words."""
-    import ray
-
-    kinds = ("CPU", "GPU") if gpus_per_worker else ("CPU",)
-    wants = {"CPU": float(num_workers), "GPU": num_workers * gpus_per_worker}
-    return tuple(  # type: ignore[return-value]
-        " and ".join(f"{amounts.get(kind, 0.0):g} {kind}s" for kind in kinds)
-        for amounts in (wants, ray.cluster_resources(), ray.available_resources())
-    )
-
-
 def worker_environment() -> dict[str, str]:
     """The variables of a process that trains. It finds what the driver finds: the user's own modules too."""
     path = os.pathsep.join([os.getcwd(), *filter(None, [os.environ.get("PYTHONPATH")])])
     return {**WORKER_ENVIRONMENT, "PYTHONPATH": path}
-
-
-def _in_short(error: BaseException) -> str:
-    if type(error).__name__ in ("WorkerHealthCheckFailedError", "ActorDiedError"):
-        return "its process died"
-    return f"{type(error).__name__}: {first_line(error)}" if str(error) else type(error).__name__

@@ -52,12 +52,8 @@ def check(config: Config) -> None:
         name = getattr(config, selector)
         if not is_custom(name) and name not in table:
             raise ConfigError(f"{unknown(selector, name, table)} Your own is named package.module:attribute.")
-    dataset = str(flat.get("dataset", ""))
-    if "://" in dataset and "@" in dataset.partition("://")[2].partition("/")[0]:
-        raise ConfigError(
-            "dataset is a URI that holds a key, which would be written into every run. Leave it out of the URI and set "
-            "AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or their like."
-        )
+    check_uri("dataset", str(flat.get("dataset", "")))
+    check_storage(config.run.storage)
     quantity = config.evaluation.selected_quantity.removeprefix("query_").partition("_step_")[0]
     wanted = {"loss": "min", "accuracy": "max"}.get(quantity, config.evaluation.selection_mode)
     if wanted != config.evaluation.selection_mode:
@@ -78,3 +74,30 @@ def check(config: Config) -> None:
         raise ConfigError(f"name={run_name[:20]!r}... is longer than the 100 bytes that are allowed.")
     if run_name is not None and (not run_name.strip(".") or not all(c.isalnum() or c in "._-" for c in run_name)):
         raise ConfigError(f"name={run_name!r} may hold only letters, digits, '.', '_' and '-', and not only dots.")
+
+
+def check_storage(storage: str | None) -> None:
+    """Refuses a storage that is no URI, or one that holds a key.
+
+    Raises:
+      ConfigError: naming what is allowed.
+    """
+    check_uri("storage", storage or "")
+    if storage is not None and not re.match(r"[a-z][a-z0-9+.-]*://.", storage):
+        raise ConfigError(
+            f"storage={storage!r:.100} must be a URI, like s3://bucket/prefix, gs://bucket/prefix or file:///folder. "
+            "Without --storage a run lies in --output-dir, on a disk that all nodes share."
+        )
+
+
+def check_uri(name: str, uri: str) -> None:
+    """Refuses a URI that holds a key; that of a path holds none.
+
+    Raises:
+      ConfigError: it does.
+    """
+    if "://" in uri and "@" in uri.partition("://")[2].partition("/")[0]:
+        raise ConfigError(
+            f"{name} is a URI that holds a key, which would be written into every run. Leave it out of the URI and set "
+            "AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or their like."
+        )

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from distmaml import build, checkpoint, collectives, outer, paths
+from distmaml import build, checkpoint, collectives, mirror, outer, paths
 from distmaml.config import Config, from_json
 from distmaml.episodes import TaskDistribution, num_chunks, shard
 from distmaml.errors import DivergenceError
@@ -44,6 +44,7 @@ def train(config: Config, worker: Worker) -> dict[str, float]:
       CheckpointError: no checkpoint of the run is whole.
       ConfigError, DataError: a task, model or objective that cannot be built.
     """
+    mirror.take_state(config, worker.device)
     options, evaluation = config.outer, config.evaluation
     tasks = build.task_distributions(config)
     shapes = build.shapes(tasks["train"])
@@ -99,7 +100,7 @@ def train(config: Config, worker: Worker) -> dict[str, float]:
                     chosen = {"selection_metric": evaluation.selection_metric, "value": selection.best}
                     recorder.model(done, named_leaves(state.meta_params), chosen)
                 if due or urgent:  # not reported: what is heard of at other times than planned could decide something
-                    recorder.checkpoint(done, outer.named_state(state), selection._asdict())
+                    recorder.checkpoint(done, outer.named_state(state), selection._asdict(), in_turn=due)
                 recorder.progress(done, last=last)
         if due:
             worker.report({"step": float(done), **values})
@@ -115,9 +116,10 @@ def evaluate(config: Config, worker: Worker, *, split: str = "test", step: int |
       CheckpointError: there is no such file, or it is damaged or of another model.
       RunError: the data are not those that it was trained on.
     """
-    tasks = build.task_distributions(config)
     collectives.wait_for_all(worker.device)  # rank 0 may still be writing the file that all read
-    tensors, document = checkpoint.load(file_of(paths.run_folder(config), step))
+    file = mirror.take_file(config, file_of(paths.run_folder(config), step))
+    tasks = build.task_distributions(config)
+    tensors, document = checkpoint.load(file)
     check_data(document, config)
     # What it was trained with, which is not what the run has by now where a search has changed it in between.
     trained = from_json(document["config"])

@@ -10,16 +10,18 @@ import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import fields, replace
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 
-from distmaml import build, checkpoint, paths
-from distmaml.config import Config, ImageTaskOptions, is_store, read, to_json
+from distmaml import build, checkpoint, mirror, paths
+from distmaml.config import Config, ImageTaskOptions, is_repeated, is_store, read, to_json
 from distmaml.engine import warn_once
 from distmaml.errors import ConfigError, DistmamlError, RunError, first_line
 from distmaml.files import absolute
+from distmaml.limits import check_storage
+from distmaml.mirror import Mirror
 from distmaml.outer import chunk_sum, init_outer, load_named_state
 from distmaml.recorder import check_origin, check_settings
 from distmaml.scoring import score
@@ -53,14 +55,23 @@ def named(config: Config) -> Config:
     return replace(config, task_options=options)
 
 
-def settings_of(name: str, output_dir: Path | None) -> Config:
+def settings_of(name: str, output_dir: Path | None, storage: str | None = None) -> Config:
     """The configuration of a run that is there.
+
+    Args:
+      storage: where to look for it, rather than in the output folder alone.
 
     Raises:
       RunError: it is not; the message names those that are.
       ConfigError: its configuration is damaged.
     """
-    return read(paths.config_file(known_folder("run", paths.runs(paths.output_dir(output_dir)), name, "config.json")))
+    check_storage(storage)
+    runs = paths.runs(paths.output_dir(output_dir))
+    there = Mirror(storage, runs / name)
+    there.pull(paths.config_file(runs / name))
+    if storage is not None and not paths.config_file(runs / name).exists():
+        raise RunError(f"there is no run {there.shown}. Check --run and --storage.")
+    return read(paths.config_file(known_folder("run", runs, name, "config.json")))
 
 
 def known_folder(kind: str, parent: Path, name: str, file: str) -> Path:
@@ -96,19 +107,25 @@ def check_output(folder: Path) -> None:
 
 
 def check_shared(config: Config) -> None:
-    """Refuses, in a worker, a run's folder that is not the one that the driver has written to.
+    """Refuses, in a worker, a run's folder that is not the one that the driver has written to, or its storage.
 
     Raises:
       RunError: another folder under the same path, on a disk of this node alone; or one that cannot be written.
     """
-    folder = paths.run_folder(config)
+    folder, storage = paths.run_folder(config), mirror.of(config)
     here = f"the node {socket.gethostname()}"
     way_out = "Name a folder by --output-dir that all nodes see and may write, on a disk that they share."
+    if storage.uri:
+        way_out = f"Its storage is {storage.shown}: another command may use it under the same --name."
+        storage.pull(paths.config_file(folder))
     try:
         seen = json.loads(paths.config_file(folder).read_text())
     except (OSError, ValueError) as error:
         raise RunError(f"{here} does not see the run in {folder} ({error}). {way_out}") from error
-    if seen != to_json(config):
+    expected = to_json(config)
+    if storage.uri and isinstance(seen, dict):
+        expected["output_dir"] = seen.get("output_dir")  # which is each node's own
+    if seen != expected:
         raise RunError(f"{here} has another run of that name in {folder}. {way_out}")
     try:
         with tempfile.NamedTemporaryFile(dir=folder) as file:
@@ -120,18 +137,54 @@ def check_shared(config: Config) -> None:
 # ------------------------------------------------------------------------------------------ an earlier run
 
 
+def take_run(storage: Mirror, folder: Path) -> None:
+    """Makes the run's folder what it is in storage, which can be written; nothing for a run without storage.
+
+    Raises:
+      RunError: storage cannot be used; another process is busy with the run; or the folder holds another one.
+    """
+    if not storage.uri:
+        return
+    storage.hasty().check()
+    with claimed(folder):
+        record, ours = storage.read(folder / "tracking" / "run.json"), Outbox(folder).read_run()
+        there, here = record and _uid(record, storage), ours and ours.uid
+        is_trained = checkpoint.steps(paths.checkpoints(folder)) or paths.model(folder).exists()
+        if is_trained and here != there and (here or not there):  # without a record it is what a worker had here
+            raise RunError(
+                f"{folder} holds a run that is not the one in {storage.shown}, and would be lost. Copy it there, move "
+                "it away, or choose another --name."
+            )
+        if there:
+            storage.pull_run()
+
+
+def _uid(record: bytes, storage: Mirror) -> str:
+    try:
+        return str(json.loads(record)["uid"])
+    except (ValueError, TypeError, KeyError) as error:
+        raise RunError(
+            f"{storage.shown}/tracking/run.json is damaged ({error!r:.200}). It says which run this is; restore it, or "
+            "choose another --name."
+        ) from error
+
+
 def is_interrupted(config: Config, folder: Path) -> bool:
     """Whether a run that was stopped on its way is asked for again, by the same settings: then it goes on.
 
     That is what resubmits a job: a scheduler that repeats a command cannot add --resume to it.
+
+    Raises:
+      RunError: another process is busy with it.
     """
     if Outbox(folder).status() == "FINISHED" or not paths.config_file(folder).exists():
         return False
     if not checkpoint.steps(paths.checkpoints(folder)):
         return False
-    before, now = to_json(read(paths.config_file(folder))), to_json(config)
-    where = {"resume", "tracking_uri", *(entry.name for entry in fields(config.cluster))}
-    return all(before[name] == now.get(name) for name in before if name not in where)
+    if not is_repeated(to_json(read(paths.config_file(folder))), config):
+        return False
+    with claimed(folder):
+        return True
 
 
 def check_new(config: Config, folder: Path) -> None:
@@ -166,7 +219,13 @@ def check_resumable(config: Config, folder: Path) -> None:
     if not was_started(folder):
         raise RunError(f"there is no run named {config.run.name!r} in {folder.parent} to resume.")
     if paths.config_file(folder).exists():
-        check_settings(to_json(read(paths.config_file(folder))), config)
+        before = read(paths.config_file(folder))
+        if before.run.storage and not config.run.storage:
+            raise RunError(
+                f"the run {config.run.name!r} lies in {before.run.storage}, and the copy in {folder} may be an old "
+                f"one. Add --storage {before.run.storage}."
+            )
+        check_settings(to_json(before), config)
     last, stands = checkpoint.newest(paths.checkpoints(folder)) or 0, Selection()
     if last:
         _, document = checkpoint.load(checkpoint.path_of(paths.checkpoints(folder), last))

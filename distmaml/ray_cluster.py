@@ -26,8 +26,9 @@ _ENVIRONMENT = {
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.25",  # how often the controller takes a report; 2 s by default
     "RAY_TRAIN_COLLECTIVE_TIMEOUT_S": "300",  # a rank that never reports would be waited for without end
     # Of one try to find room for the workers, before the cluster is looked at again: what Ray knows of it may be old.
-    "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "10",
+    "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "5",
     "RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S": "120",
+    "TORCH_PROCESS_GROUP_SHUTDOWN_TIMEOUT_S": "3",  # for a process group that has lost a member; 30 s by default
     "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",  # otherwise printed lines come twice
     "RAY_TRAIN_METRICS_ENABLED": "0",
     "RAY_USAGE_STATS_ENABLED": "0",
@@ -39,7 +40,7 @@ _LOCAL_ENVIRONMENT = {
     "RAY_AUTH_MODE": "token",
 }
 CONNECT_SECONDS = 5.0
-PROBE_SECONDS = 30.0
+PROBE_SECONDS = 45.0
 _LONGEST_TEMPORARY_PATH = 35  # Ray puts 65 characters behind it, and a socket's path may have 107
 
 
@@ -65,8 +66,9 @@ def connect(
     """
     for name, value in _ENVIRONMENT.items():
         os.environ.setdefault(name, value)
-    check_address(address)
     found = address or os.environ.get("RAY_ADDRESS")
+    if found and found != "auto":
+        _check_host_and_port(found)
     options = {"runtime_env": {"env_vars": _beside_those_of_the_job(environment)}} if environment else {}
     with _connected(found, options) if found else _started(num_cpus, options) as resources:
         yield resources
@@ -95,21 +97,11 @@ def check_address(address: str | None) -> None:
         or another version of Ray.
     """
     found = address or os.environ.get("RAY_ADDRESS")
-    if not found or "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ:
+    if not found or (address is None and "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ):
         return
     if found != "auto":
         _check_host_and_port(found)
-    command = [sys.executable, "-c", _PROBE, found]
-    # Whatever it prints is for us alone. Its Ray starts nothing, so it may be killed.
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as probe:
-        limit = threading.Timer(PROBE_SECONDS, probe.kill)
-        limit.start()
-        said = []
-        for line in probe.stdout or ():
-            said.append(line.strip())
-            if "InvalidAuthToken" in line:  # which it would say once a second
-                probe.kill()
-        limit.cancel()
+    status, said = _probe(found)
     text = " ".join(said)
     if "InvalidAuthToken" in text or "AuthenticationError" in text:
         raise ClusterError(
@@ -121,12 +113,38 @@ def check_address(address: str | None) -> None:
             f"the Ray cluster at {found} has other versions than this process ({text.partition('mismatch: ')[2]}). "
             "Install the same on both."
         )
-    if probe.returncode != 0:
-        reason = "what answers there is none" if probe.returncode < 0 else said[-1] if said else "no answer"
-        raise ClusterError(_no_cluster(found, reason))
+    if status < 0:
+        raise ClusterError(
+            f"something answers at {found}, but in {PROBE_SECONDS:g} s it took no driver from this machine. A driver "
+            "runs on a node of its cluster: from elsewhere, submit it by `ray job submit`."
+        )
+    if status > 0:
+        raise ClusterError(_no_cluster(found, said[-1] if said else "no answer"))
 
 
-_PROBE = """
+def _probe(address: str) -> tuple[int, list[str]]:
+    """The exit status of a process that connects to a cluster, negative where it had to be killed; what it printed."""
+    command = [sys.executable, "-c", _CONNECT, address]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
+        limit = threading.Timer(PROBE_SECONDS, process.kill)
+        limit.daemon = True
+        limit.start()
+        said = []
+        try:
+            for line in process.stdout or ():
+                said.append(line.strip())
+                if "InvalidAuthToken" in line:  # which it would say once a second
+                    process.kill()
+                    break
+        except BaseException:
+            process.kill()  # its Ray has started nothing that is to be put in order
+            raise
+        finally:
+            limit.cancel()
+    return process.returncode, said
+
+
+_CONNECT = """
 import logging, sys
 import ray
 try:

@@ -9,19 +9,22 @@ from typing import Any
 
 from torch import Tensor
 
-from distmaml import build, checkpoint, paths
+from distmaml import build, checkpoint, mirror, paths
 from distmaml.config import Config, changes, to_json
 from distmaml.errors import RunError
 from distmaml.files import write_text
-from distmaml.segments import SegmentWriter
+from distmaml.mirror import Mirror
+from distmaml.segments import SegmentWriter, committed_step
 
 PROGRESS_SECONDS = 1.0
 ASKED_SECONDS = 0.5
 SAVE_SECONDS = 5.0
+MOST_SHARE = 0.1
+"""Of the time, for checkpoints out of turn."""
 
 
 class Recorder:
-    """Writes the files of one training run; on rank 0 only."""
+    """Writes the files of one training run, and puts them into its storage; on rank 0 only."""
 
     def __init__(self, config: Config, restored_step: int, *, shapes: Mapping[str, Any]) -> None:
         self._folder = paths.run_folder(config)
@@ -31,7 +34,11 @@ class Recorder:
             "dataset": build.dataset_record(config),
         }
         self._segments = SegmentWriter(paths.metrics(self._folder), restored_step)
+        self._mirror = mirror.of(config)
+        self._mirror.settle()
         self._shown, self._looked = 0.0, 0.0
+        self._out_of_turn: Path | None = None
+        self._saved, self._saving = 0.0, 0.0
         self._latest: dict[str, float] = {}
 
     def points(self, step: int, values: Mapping[str, float]) -> None:
@@ -44,39 +51,69 @@ class Recorder:
         if last or time.monotonic() - self._shown >= PROGRESS_SECONDS:
             self._shown = time.monotonic()
             write_text(paths.progress(self._folder), json.dumps({"step": step, **self._latest}))
+            (self._mirror.push if last else self._mirror.push_sometimes)(paths.progress(self._folder))
 
     def asked_to_save(self) -> bool:
-        """Whether somebody wants a checkpoint at once, by `save_now`; looks twice a second."""
+        """Whether somebody wants a checkpoint at once, by `save_now`; looks twice a second, in storage every 2 s."""
         if time.monotonic() - self._looked < ASKED_SECONDS:
             return False
         self._looked = time.monotonic()
-        return paths.save_request(self._folder).exists()
+        request = paths.save_request(self._folder)
+        return request.exists() or self._mirror.has_lately(request)
 
-    def checkpoint(self, step: int, tensors: Mapping[str, Tensor], document: Mapping[str, Any]) -> None:
-        """Commits the points up to a step together with the state after it."""
+    def checkpoint(
+        self, step: int, tensors: Mapping[str, Tensor], document: Mapping[str, Any], *, in_turn: bool = True
+    ) -> None:
+        """Commits the points up to a step together with the state after it.
+
+        Out of turn, which may be after every step until a machine is gone, only as often as it costs little, and
+        the one before goes.
+        """
+        metrics, request = paths.metrics(self._folder), paths.save_request(self._folder)
+        begun = time.monotonic()
+        if not in_turn and MOST_SHARE * (begun - self._saved) < self._saving and not request.exists():
+            return
+        is_new = step > committed_step(metrics)
         self._segments.write(step)
         path = checkpoint.path_of(paths.checkpoints(self._folder), step)
         checkpoint.save(path, tensors, {"step": step, **self._origin, **document})
+        self._mirror.push(*(metrics.glob(f"*-{step:08d}.jsonl") if is_new else ()), path)
         self._segments.commit(step)
-        paths.save_request(self._folder).unlink(missing_ok=True)
+        self._mirror.push(metrics / "committed")
+        request.unlink(missing_ok=True)
+        self._mirror.delete(request)
+        if self._out_of_turn is not None and self._out_of_turn != path:
+            self._out_of_turn.unlink(missing_ok=True)
+            self._mirror.delete(self._out_of_turn)
+        self._out_of_turn = None if in_turn else path
+        self._saved = time.monotonic()
+        self._saving = self._saved - begun
 
     def model(self, step: int, tensors: Mapping[str, Tensor], document: Mapping[str, Any]) -> None:
         """Writes the result so far: meta-parameters with the configuration that makes them useful."""
         checkpoint.save(paths.model(self._folder), tensors, {"step": step, **self._origin, **document})
+        self._mirror.push(paths.model(self._folder))
 
 
-def save_now(run: Path, *, seconds: float = SAVE_SECONDS) -> None:
+def save_now(run: Path, *, storage: str | None = None, seconds: float = SAVE_SECONDS) -> None:
     """Asks whoever trains a run for a checkpoint at once, and waits for it: a stop then costs no steps.
 
     Best effort: after `seconds`, or where nobody trains, it is as it was.
+
+    Args:
+      storage: of a run that has one: rank 0 may be on another node.
     """
     request = paths.save_request(run)
-    with contextlib.suppress(OSError):  # a full disk: whoever is about to end the run will go on ending it
+    # A full disk, or storage that is away: whoever is about to end the run will go on ending it.
+    with contextlib.suppress(OSError, RunError):
+        there = Mirror(storage, run).hasty()
         request.touch()
+        there.push(request)
         deadline = time.monotonic() + seconds
-        while request.exists() and time.monotonic() < deadline:
+        while request.exists() and there.has(request) and time.monotonic() < deadline:
             time.sleep(0.05)
         request.unlink(missing_ok=True)
+        there.delete(request)
 
 
 def file_of(run: Path, step: int | None) -> Path:

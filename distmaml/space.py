@@ -205,6 +205,11 @@ def check_search(config: Config, search: Search, space: Space) -> None:
         raise ConfigError(
             f"first_rung={search.first_rung} must be a multiple of val_every={every}: trials are judged by validations."
         )
+    if config.run.storage is not None:
+        raise ConfigError(
+            "--storage is for a single run so far: the trials of a search and its driver share a folder. Leave it out, "
+            "and name a folder by --output-dir that all nodes see; the best trial can be trained with --storage."
+        )
     if config.cluster.team[0] != config.cluster.team[1]:
         raise ConfigError(
             f"num_workers={config.cluster.num_workers}: a search divides the cluster among its trials, so each has a "

@@ -9,12 +9,12 @@ import logging
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, fields, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from distmaml import build, experiment, findings, launch, loop, paths, preflight, report, space, workers
-from distmaml.config import Config, as_recipe, changes, override, to_json
+from distmaml.config import Config, as_recipe, changes, is_repeated, override, to_json
 from distmaml.errors import ClusterError, DistmamlError, RunError, TrackingError
 from distmaml.files import write_text
 from distmaml.interrupt import Interrupt, interruptible
@@ -288,9 +288,7 @@ def _is_interrupted(config: Config, options: Search, folder: Path) -> bool:
     if not paths.search_file(folder).exists() or experiment.status(folder) == "FINISHED":
         return False
     before, searched = settings_of(config.run.name or "", config.run.output_dir)
-    where = {"resume", "tracking_uri", *(entry.name for entry in fields(config.cluster))}
-    then, now = to_json(before), to_json(config)
-    return searched == options and all(then[name] == now.get(name) for name in then if name not in where)
+    return searched == options and is_repeated(to_json(before), config)
 
 
 def _check_folder(config: Config, options: Search, folder: Path) -> None:

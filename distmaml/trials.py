@@ -20,10 +20,10 @@ from distmaml.selection import selected
 from distmaml.space import Search, Space
 from distmaml.trial import of_trial, take_weights
 
-END_SECONDS = 3.0
 SETTLE_SECONDS = 30.0
-"""For what trials that are over still have to tell MLflow, while others run."""
-"""How long the end of a trial waits for MLflow, as all others wait too; what is left then is sent at the end."""
+"""For what trials that have ended still have to tell MLflow; the rest waits in their folders."""
+STOP_SECONDS = 3.0
+"""The same where somebody has stopped the search."""
 
 
 class Trials:
@@ -161,7 +161,12 @@ class Trials:
 
     def finished(self) -> None:
         """All trials have ended: waits, for a while, until MLflow knows how."""
-        experiment.settle(self._tracking, SETTLE_SECONDS)
+        self._settle(SETTLE_SECONDS)
+
+    def _settle(self, seconds: float) -> None:
+        from distmaml.tracking.runs import settle  # which imports mlflow
+
+        settle(self._tracking, seconds)
 
     def interrupted(self) -> None:
         """The search ends before its trials do."""
@@ -169,10 +174,10 @@ class Trials:
             known = self.journal.trials[number]
             if known.state == "running":
                 run = self._runs.pop(number)
-                run.end("KILLED", reason="its search was stopped", timeout=END_SECONDS, wait=False)
+                run.end("KILLED", reason="its search was stopped", timeout=STOP_SECONDS, wait=False)
             else:
                 self._end_run(known)
-        experiment.settle(self._tracking, END_SECONDS)
+        self._settle(STOP_SECONDS)
 
     def _show(self, *, ended: History | None = None) -> None:
         self._board.show(list(self.journal.trials.values()), ended=ended)

@@ -19,6 +19,7 @@ def main(
     num_workers: int | None = None,
     data_dir: Path | None = None,
     output_dir: Path | None = None,
+    storage: str | None = None,
     address: str | None = None,
     use_gpu: Literal["auto", "yes", "no"] = "auto",
     tracking_uri: str | None = None,
@@ -34,6 +35,7 @@ def main(
       num_workers: Ray workers; those of the run by default.
       data_dir: folder with the raw files; that of the run by default.
       output_dir: where the run lies. Default: $DISTMAML_HOME, else ~/distmaml.
+      storage: where the run lies in addition, as training was told (s3://bucket/prefix).
       address: of a running Ray cluster. Default: $RAY_ADDRESS, else one started on this machine.
       use_gpu: use GPUs if the cluster has any, or always, or never.
       tracking_uri: MLflow server; the one that has the run by default.
@@ -45,10 +47,11 @@ def main(
         "num_eval_steps": num_eval_steps,
         "num_workers": num_workers,
         "data_dir": data_dir,
+        "storage": storage,
     }
     here = {"name": run, "output_dir": output_dir, "address": address, "use_gpu": use_gpu, "tracking_uri": tracking_uri}
     wanted = {name: value for name, value in wanted.items() if value is not None}
-    settings = config.override(preflight.settings_of(run, output_dir), {**wanted, **here})
+    settings = config.override(preflight.settings_of(run, output_dir, storage), {**wanted, **here})
     found, files = driver.evaluate(settings, split=split, step=step)
     episodes, data = settings.evaluation.num_episodes(split), report.data_of(settings, split)
     print(f"{run} after {found.step} outer steps, {episodes} episodes of {data}:")

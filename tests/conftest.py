@@ -1,5 +1,6 @@
 """What tests of whole runs share: surroundings of their own, a class store, an MLflow database, and jobs to run."""
 
+import contextlib
 import os
 import secrets
 import shutil
@@ -134,7 +135,8 @@ class Job:
             self.process.send_signal(signal.SIGKILL)
             self.process.wait()
         for process in self.ray_processes():
-            process.kill()
+            with contextlib.suppress(psutil.NoSuchProcess):  # with its node it may have gone by itself
+                process.kill()
         shutil.rmtree(self._ray_folder, ignore_errors=True)
 
 

@@ -1,5 +1,6 @@
 """A cluster on this machine as users have it: jobs are submitted to it, stopped and submitted again; and its door."""
 
+import contextlib
 import json
 import os
 import re
@@ -145,7 +146,7 @@ def test_a_search_is_submitted_like_a_run(submitter: Submitter) -> None:
 def test_a_submission_without_the_token_is_refused(submitter: Submitter, environment: dict[str, str]) -> None:
     refused = submitter.ray("job", "submit", "--no-wait", "--", "python", "-c", "print(1)", **environment)
     assert refused.returncode == 1
-    assert re.search("token|Unauthorized|Forbidden", refused.stdout + refused.stderr)
+    assert re.search("40[13]|[Uu]nauthorized|[Ff]orbidden|InvalidAuthToken", refused.stdout + refused.stderr)
 
 
 @pytest.mark.parametrize(
@@ -189,8 +190,10 @@ def command(submitter: Submitter, folder: Path, environment: dict[str, str]) -> 
 
 
 def test_every_port_is_on_loopback_only(submitter: Submitter) -> None:
-    processes = submitter.cluster.processes()
-    listening = [c for process in processes for c in process.net_connections("inet") if c.status == psutil.CONN_LISTEN]
+    listening = []
+    for process in submitter.cluster.processes():
+        with contextlib.suppress(psutil.Error):  # workers come and go
+            listening += [c for c in process.net_connections("inet") if c.status == psutil.CONN_LISTEN]
     assert len(listening) > 10
     assert {connection.laddr.ip.removeprefix("::ffff:") for connection in listening} == {"127.0.0.1"}
 
@@ -202,13 +205,14 @@ def test_the_token_is_for_its_user_alone_and_shows_nowhere(submitter: Submitter)
     assert len(token) == 64
     assert token_file.stat().st_mode & 0o777 == 0o600
     for process in submitter.cluster.processes():
-        assert token not in " ".join(process.cmdline())
-        assert token not in process.environ().values()
-    temporary = {process.environ().get("RAY_TMPDIR") for process in submitter.cluster.processes()}
-    folders = [Path(str(folder)) for folder in temporary] + [submitter.cluster.folder, submitter.output_dir]
+        with contextlib.suppress(psutil.Error):  # workers come and go
+            assert token not in " ".join(process.cmdline())
+            assert token not in process.environ().values()
+    temporary = Path((submitter.cluster.folder / "temporary").read_text())
+    folders = [temporary, submitter.cluster.folder, submitter.output_dir]
     files = [file for folder in folders for file in folder.rglob("*") if file.is_file() and not file.is_symlink()]
     assert len(files) > 50
-    assert [file for file in files if token.encode() in file.read_bytes()] == [token_file]
+    assert [file for file in files if file.exists() and token.encode() in file.read_bytes()] == [token_file]
 
 
 def test_a_second_cluster_in_its_folder_is_refused(submitter: Submitter) -> None:

@@ -65,8 +65,11 @@ def reduce_and_save(member: Member, folder: Path) -> None:
             for index, positions in shard(NUM_TASKS, CHUNK, member.rank, member.world_size):
                 sums[index] = ({"w": rows[positions.start : positions.stop].sum(0)}, len(positions))
             like = {"w": torch.zeros(1000, dtype=dtype)}
-            mean, num_tasks, _ = mean_over_tasks(sums, like, num_chunks=-(-NUM_TASKS // CHUNK), ordered=ordered)
+            mean, num_tasks, flag = mean_over_tasks(
+                sums, like, num_chunks=-(-NUM_TASKS // CHUNK), ordered=ordered, flag=member.rank == 1
+            )
             assert num_tasks == NUM_TASKS
+            assert flag == (member.world_size > 1), "raised by rank 1, seen by all"
             found[f"{dtype} {ordered}"] = tree_leaves(mean)[0]
     torch.save(found, folder / f"{member.world_size}-{member.rank}.pt")
 

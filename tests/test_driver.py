@@ -260,6 +260,31 @@ def test_a_run_that_was_killed_in_its_test_is_tested_when_resumed(
 
 
 @pytest.mark.usefixtures("locally")
+def test_the_same_command_goes_on_with_a_run_that_was_stopped_and_another_does_not(
+    output_dir: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def report(worker: LocalWorker, metrics: Mapping[str, float]) -> None:
+        raise KeyboardInterrupt
+
+    config = sinusoid(output_dir)
+    with monkeypatch.context() as patch:
+        patch.setattr(LocalWorker, "report", report)
+        patch.setattr(driver, "SAVE_SECONDS", 0.1)  # nobody will save: the one worker is gone
+        with pytest.raises(KeyboardInterrupt):
+            driver.train(config)
+    with pytest.raises(RunError, match=r"2 outer steps long, and it is over or has other settings\. Go on .*--resume"):
+        driver.train(override(config, {"seed": 5}))
+    capsys.readouterr()
+    outcome = driver.train(override(config, {"num_workers": 3}))
+    assert "sine was stopped after 2 outer steps: it goes on." in capsys.readouterr().err
+    straight = driver.train(sinusoid(output_dir, name="straight"))
+    assert_same_result(outcome.folder, straight.folder, step=4)
+    assert sorted(run.info.run_name for run in mlflow_runs(output_dir)) == ["sine", "straight"]
+    with pytest.raises(RunError, match="it is over or has other settings"):
+        driver.train(config)
+
+
+@pytest.mark.usefixtures("locally")
 def test_a_run_that_stopped_early_says_so_when_it_is_resumed(output_dir: Path) -> None:
     # outer_lr is so small that the loss of validation is the same, hence never better than the first
     config = sinusoid(output_dir, num_outer_steps=40, patience=1, outer_lr=1e-30)

@@ -103,6 +103,18 @@ def die(folder: Path, worker: Worker) -> None:
     os._exit(1)
 
 
+class _Idle:
+    """Somebody else on the cluster."""
+
+    def ready(self) -> bool:
+        return True
+
+
+NO_ROOM = (
+    r"^for 8 s there was no room for 2 workers: they need 2 CPU, and the cluster has 2 CPU, of which 1 CPU is free"
+)
+
+
 @pytest.mark.ray
 @pytest.mark.usefixtures("_cluster")
 class TestOnACluster:
@@ -126,6 +138,17 @@ class TestOnACluster:
     def test_more_workers_than_cpus_are_refused_at_once(self, folder: Path) -> None:
         with pytest.raises(ClusterError, match=r"3 workers need 3 CPUs, and the cluster has 2. Lower --num-workers"):
             fit(add_ranks, folder, team=(3, 3))
+
+    def test_room_that_does_not_come_ends_the_wait_with_what_is_missing(self, tmp_path: Path) -> None:
+        import ray
+
+        other = ray.remote(num_cpus=1)(_Idle).remote()
+        try:
+            ray.get(other.ready.remote())
+            with pytest.raises(ClusterError, match=NO_ROOM):
+                fit(add_ranks, tmp_path, team=(2, 2), node_timeout=8)
+        finally:
+            ray.kill(other)
 
     def test_an_error_on_purpose_comes_through_without_another_try(self, tmp_path: Path) -> None:
         with pytest.raises(DivergenceError, match=r"^query_loss is no longer finite$"):

@@ -1,6 +1,7 @@
 """The same training on one worker or three, stopped and gone on, or straight through."""
 
 import math
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -323,3 +324,53 @@ def test_evaluation_of_the_validation_split_repeats_the_training_runs_figures(tm
     found = loop.evaluate(config, LocalWorker(), split="val", step=5).scores["transductive"]["query_loss"]
     assert [interval.mean for interval in found] == [values[f"val/query_loss_step_{k}"] for k in range(3)]
     assert values["val/query_loss"] == values["val/query_loss_step_2"]
+
+
+# ------------------------------------------------------------------------------------ checkpoints out of turn
+
+
+class LeavingWorker(LocalWorker):
+    """A worker whose machine says before some steps that it will go, and then goes."""
+
+    def __init__(self, *, says_so_before: range, goes_before: int) -> None:
+        super().__init__()
+        self.step, self.says_so_before, self.goes_before = -1, says_so_before, goes_before
+
+    def leaving(self) -> bool:
+        self.step += 1
+        if self.step == self.goes_before:
+            raise KeyboardInterrupt
+        time.sleep(0.1)  # as long as a step that matters
+        return self.step in self.says_so_before
+
+
+def test_a_machine_that_says_that_it_goes_costs_no_step(tmp_path: Path) -> None:
+    undisturbed, left = waves(tmp_path, "undisturbed"), waves(tmp_path, "left")
+    loop.train(undisturbed, LocalWorker())
+    with pytest.raises(KeyboardInterrupt):
+        loop.train(left, LeavingWorker(says_so_before=range(11, 14), goes_before=14))
+    folder = paths.checkpoints(paths.run_folder(left))
+    assert checkpoint.steps(folder) == [5, 10, 14], "after the last step that was done, and no more of them"
+    loop.train(left, LocalWorker())
+    assert same_bits(state_after(left), state_after(undisturbed))
+    assert [point.step for point in points_of(left)] == [point.step for point in points_of(undisturbed)]
+
+
+def test_a_checkpoint_can_be_asked_for_from_another_process(tmp_path: Path) -> None:
+    config = waves(tmp_path, "asked", checkpoint_every=20)
+    folder, request = paths.checkpoints(paths.run_folder(config)), paths.save_request(paths.run_folder(config))
+    seen: set[int] = set()
+
+    class Asking(LocalWorker):
+        def leaving(self) -> bool:
+            time.sleep(0.1)  # as long as a step that matters
+            seen.update(checkpoint.steps(folder))
+            if not seen and folder.parent.exists():
+                request.touch()
+            return False
+
+    loop.train(config, Asking())
+    assert len(seen) == 1, "asked once, saved once"
+    assert min(seen) < 20
+    assert checkpoint.steps(folder) == [20], "the one out of turn is gone when there is another"
+    assert not request.exists()

@@ -130,6 +130,19 @@ def test_a_field_comes_once_and_with_what_it_may_be(texts: list[str], says: str)
         parse(CONFIG, texts)
 
 
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"storage": "s3://bucket/x"}, r"--storage is for a single run.*--output-dir that all nodes see"),
+        ({"num_workers": "2:8"}, r"num_workers=2:8: .* Take --num-workers 2"),
+    ],
+)
+def test_what_a_search_cannot_do_yet_is_refused(changes: dict[str, Any], says: str) -> None:
+    config = override(CONFIG, {"num_outer_steps": 100, "val_every": 10, **changes})
+    with pytest.raises(ConfigError, match=says):
+        check_search(config, Search(), parse(config, RATES))
+
+
 def test_a_grid_of_a_range_asks_for_its_points() -> None:
     with pytest.raises(ConfigError, match=r"inner_lr=log:0\.1:1:5"):
         grid(parse(CONFIG, ["inner_lr=log:0.1:1"]))

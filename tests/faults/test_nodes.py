@@ -44,7 +44,7 @@ def test_an_elastic_run_goes_on_with_fewer_workers_and_then_with_more(
     cluster: LocalCluster, start_run: StartRun, reference: Reference, cost: Cost
 ) -> None:
     cluster.set_size(2)
-    run = start_run("elastic", "--num-workers=1:2", cluster=cluster, pace=0.2)
+    run = start_run("elastic", "--num-workers=1:2", cluster=cluster, pace=0.3)
     run.wait_for_step(25)
     assert len(cluster.workers()) == 2
     lose(node_of_a_worker(cluster))
@@ -86,7 +86,11 @@ def test_a_node_that_is_lost_for_good_ends_the_run_with_what_is_missing(
     run.wait_for_step(25)
     lose(node_of_a_worker(cluster))
     assert run.job.wait() == 2, run.job.output
-    assert "for 15 s there was no room for 2 workers: they need 2 CPUs, and the cluster has 1 CPUs" in run.job.output
-    assert run.tracking.run("missing").info.status == "FAILED"
+    reason = "for 15 s there was no room for 2 workers: they need 2 CPU, and the cluster has 1 CPU, of which "
+    assert run.job.output.splitlines()[-1].startswith(f"error: {reason}"), run.job.output
+    assert "Traceback" not in run.job.output
+    ended = run.tracking.run("missing")
+    assert ended.info.status == "FAILED"
+    assert ended.data.tags["distmaml.reason"].startswith(reason)
     cluster.set_size(2)
     start_run("missing", "--num-workers=2", cluster=cluster).assert_as_if_nothing_had_happened(reference)

@@ -4,7 +4,6 @@ import re
 import signal
 from collections.abc import Callable
 
-import psutil
 import pytest
 import torch
 
@@ -23,6 +22,7 @@ def test_a_killed_worker(cluster: LocalCluster, start_run: StartRun, reference: 
     seconds = run.seconds_until_new_step()
     run.assert_as_if_nothing_had_happened(reference)
     assert run.steps_repeated() <= CHECKPOINT_EVERY
+    assert not re.search("Traceback|Error", run.job.output), run.job.output
     cost("worker killed", seconds=seconds, target=12, repeated=run.steps_repeated())
 
 
@@ -34,7 +34,7 @@ def test_a_worker_that_hangs(cluster: LocalCluster, start_run: StartRun, referen
     worker.send_signal(signal.SIGSTOP)
     seconds = run.seconds_until_new_step()
     run.assert_as_if_nothing_had_happened(reference)
-    assert not psutil.pid_exists(worker.pid) or worker.status() == psutil.STATUS_ZOMBIE
+    assert worker not in cluster.workers()
     cost("worker hung", seconds=seconds, target=45, repeated=run.steps_repeated())
 
 
@@ -57,6 +57,7 @@ def test_a_killed_driver_and_the_same_command_again(
     run.job.wait()
     assert run.tracking.run("driver").info.status == "RUNNING", "nobody could say otherwise"
     cluster.wait_for_no_workers()  # they train on until Ray hears of it
+    kept = run.checkpoints()[-1]
     other = start_run("driver", "--seed=5", cluster=cluster)
     assert other.job.wait() == 2
     assert re.fullmatch(r"error: a run named 'driver' exists .* Go on with it by --resume, or .*\n", other.job.output)
@@ -65,5 +66,5 @@ def test_a_killed_driver_and_the_same_command_again(
     again.broken_at = run.broken_at
     seconds = again.seconds_until_new_step()
     again.assert_as_if_nothing_had_happened(reference)
-    assert re.search(r"driver was stopped after [23]0 outer steps: it goes on\.", again.job.output)
+    assert f"driver was stopped after {kept} outer steps: it goes on." in again.job.output
     cost("driver killed, command repeated", seconds=seconds, target=None, repeated=again.steps_repeated())

@@ -26,7 +26,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
     folder.mkdir()
     subprocess.run(["mount", "-t", "tmpfs", "-o", "size=160m", "none", str(folder)], check=True)
     yield folder
-    subprocess.run(["umount", str(folder)], check=True)
+    subprocess.run(["umount", "--lazy", str(folder)], check=True)  # a run of a test that failed may still be in there
 
 
 def fill(folder: Path) -> Path:
@@ -37,7 +37,7 @@ def fill(folder: Path) -> Path:
             with contextlib.suppress(OSError):
                 while True:
                     file.write(bytes(size))
-    assert shutil.disk_usage(folder).free == 0
+    assert shutil.disk_usage(folder).free < 2**12
     return filler
 
 

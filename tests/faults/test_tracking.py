@@ -36,7 +36,7 @@ def longest_pause(run: Run) -> float:
 def test_mlflow_may_be_away_for_a_minute(
     tracking: Tracking, start_run: StartRun, reference: Reference, cost: Cost
 ) -> None:
-    run = start_run("minute", pace=0.35)
+    run = start_run("minute", pace=0.42)
     run.wait_for_step(10)
     tracking.server.stop()
     away = time.monotonic()
