@@ -76,7 +76,7 @@ class Model(NamedTuple):
 def compute_seconds() -> float:
     """Seconds a task of Conv4's meta-gradient on one thread: 5-way 1-shot, 15 queries a class, 5 inner steps."""
     torch.set_num_threads(1)
-    config = override(RECIPES["omniglot-maml-5w1s"](), {"dataset": "glyphs", "num_inner_steps": 5, "rotations": "none"})
+    config = override(RECIPES["glyphs-maml-5w1s"](), {"num_inner_steps": 5, "num_filters": 64})
     tasks = build.task_distributions(config)["train"]
     learner = build.learner(config, build.shapes(tasks), torch.device("cpu"))
     batch = tree_to(tasks.sample(range(4)), torch.device("cpu"), torch.float32)

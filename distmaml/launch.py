@@ -108,7 +108,8 @@ def fit(
                     max_failures=_TRIES, controller_failure_limit=_TRIES, max_preemption_failures=_TRIES
                 ),
                 worker_runtime_env={"env_vars": worker_environment()},
-                logging_config=ray.train.LoggingConfig(log_level="ERROR"),  # it warns of every crash with a traceback
+                # It shows every crash, and every try in vain to place workers, with a traceback; `supervisor` says it.
+                logging_config=ray.train.LoggingConfig(log_level="CRITICAL"),
                 callbacks=[
                     *supervisor.callbacks(
                         supervisor.Limits(least, gpus_per_worker, max_failures - attempt, max_failures, node_timeout),

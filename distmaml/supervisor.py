@@ -17,6 +17,7 @@ from distmaml.errors import ClusterError, DistmamlError, first_line
 log = logging.getLogger("distmaml")
 
 _LOOK_SECONDS = 1.0
+_TELL_SECONDS = 10.0
 
 
 @dataclass
@@ -90,7 +91,7 @@ def callbacks(limits: Limits, before_resize: Callable[[], object] | None) -> lis
         def __init__(self) -> None:
             self._going = going
             self._since: float | None = None
-            self._looked = 0.0
+            self._looked, self._told = 0.0, False
             self._starts_failed = 0
 
         def after_controller_state_update(self, previous: Any, current: Any) -> None:
@@ -101,7 +102,7 @@ def callbacks(limits: Limits, before_resize: Callable[[], object] | None) -> lis
             if look:
                 self._going.known |= draining_nodes()
             if not isinstance(current, waiting):
-                self._since = None
+                self._since, self._told = None, False
                 return
             self._since = self._since or time.monotonic()
             if look:
@@ -109,23 +110,24 @@ def callbacks(limits: Limits, before_resize: Callable[[], object] | None) -> lis
             if isinstance(previous, type(current)):
                 time.sleep(0.2)  # an elastic run that waits for nodes would ask for them without a pause
             self._count_starts(current)
-            if time.monotonic() - self._since > limits.node_timeout:
-                _end_with(_no_room(limits))
+            seconds = time.monotonic() - self._since
+            if seconds > limits.node_timeout:
+                raise ClusterError(
+                    f"for {limits.node_timeout:g} s {_no_room(limits)}. Add nodes, lower --num-workers, or wait longer "
+                    "by --node-timeout."
+                )
+            if seconds > _TELL_SECONDS and not self._told:
+                log.warning("So far %s; waiting for up to %g s.", _no_room(limits), limits.node_timeout)
+                self._told = True
 
         def _count_starts(self, current: Any) -> None:
             failure = getattr(getattr(current, "training_failed_error", None), "controller_failure", None)
             if isinstance(current, state.ReschedulingState) and isinstance(failure, WorkerGroupStartupFailedError):
                 self._starts_failed += 1
                 if self._starts_failed > limits.max_failures:
-                    _end_with(failed_too_often(limits.allowed_failures, failure.__cause__ or failure))
+                    raise failed_too_often(limits.allowed_failures, failure.__cause__ or failure)
 
     return [AfterFailures(), BetweenGroups()]
-
-
-def _end_with(error: ClusterError) -> None:
-    """Ends the run by a hook of the controller, which would log it with its traceback."""
-    logging.getLogger("ray.train").setLevel(logging.CRITICAL)
-    raise error
 
 
 def draining_nodes() -> set[str]:
@@ -204,7 +206,7 @@ def in_short(error: BaseException) -> str:
     return f"{type(error).__name__}: {first_line(error)}" if str(error) else type(error).__name__
 
 
-def _no_room(limits: Limits) -> ClusterError:
+def _no_room(limits: Limits) -> str:
     import ray
 
     kinds = ("CPU", "GPU") if limits.gpus_per_worker else ("CPU",)
@@ -213,7 +215,7 @@ def _no_room(limits: Limits) -> ClusterError:
         " and ".join(f"{amounts.get(kind, 0.0):g} {kind}" for kind in kinds)
         for amounts in (needed, ray.cluster_resources(), ray.available_resources())
     )
-    return ClusterError(
-        f"for {limits.node_timeout:g} s there was no room for {limits.num_workers} workers: they need {wants}, and the "
-        f"cluster has {has}, of which {free} is free. Add nodes, lower --num-workers, or wait longer by --node-timeout."
+    return (
+        f"there was no room for {limits.num_workers} workers: they need {wants}, and the cluster has {has}, of which "
+        f"{free} is free"
     )
