@@ -6,8 +6,6 @@ import http.client
 import json
 import shutil
 import socket
-import subprocess
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -28,6 +26,7 @@ from distmaml.segments import SegmentWriter, committed_step
 from distmaml.worker import LocalWorker, Worker
 from tests.conftest import StartJob
 from tests.runs import Member, in_groups, waves
+from tests.servers import s3_server
 from tests.test_driver import artifacts, logged_steps, mlflow_runs, sinusoid
 from tests.test_loop import crash_after, model_of, points_of, same_bits, state_after
 
@@ -85,26 +84,12 @@ class GateServer(ThreadingHTTPServer):
 @pytest.fixture(scope="module")
 def moto() -> Iterator[str]:
     """An S3 server on loopback, with a bucket named "bucket": host and port."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    command = [str(Path(sys.executable).with_name("moto_server")), "-H", "127.0.0.1", "-p", str(port)]
-    server = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    try:
-        for _ in range(300):
-            with contextlib.suppress(OSError):
-                socket.create_connection(("127.0.0.1", port), timeout=1).close()
-                break
-            assert server.poll() is None
-            time.sleep(0.1)
-        client = http.client.HTTPConnection("127.0.0.1", port)
+    with s3_server() as server:
+        client = http.client.HTTPConnection(server)
         client.request("PUT", "/bucket")
         assert client.getresponse().status == 200
         client.close()
-        yield f"127.0.0.1:{port}"
-    finally:
-        server.terminate()
-        server.wait()
+        yield server
 
 
 @pytest.fixture

@@ -1,9 +1,7 @@
 """Stores on other machines: one copy on this one."""
 
-import socket
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from urllib.parse import quote
@@ -15,6 +13,7 @@ import pytest
 
 from distmaml.errors import DataError, RunError
 from distmaml.store import open_store
+from tests.servers import s3_server
 from tests.test_store import write
 
 
@@ -81,23 +80,8 @@ def test_a_cache_that_cannot_be_written_is_named(path: Path, cache: Path) -> Non
 @pytest.fixture(scope="module")
 def s3() -> Iterator[str]:
     """The host and port of an S3 server on loopback."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    command = [str(Path(sys.executable).with_name("moto_server")), "-H", "127.0.0.1", "-p", str(port)]
-    server = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    try:
-        for _ in range(300):
-            try:
-                socket.create_connection(("127.0.0.1", port), timeout=1).close()
-                break
-            except OSError:
-                assert server.poll() is None
-                time.sleep(0.1)
-        yield f"127.0.0.1:{port}"
-    finally:
-        server.terminate()
-        server.wait()
+    with s3_server() as server:
+        yield server
 
 
 @pytest.mark.ray
