@@ -15,6 +15,7 @@ import sys
 import tempfile
 import threading
 import tomllib
+import zipfile
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
@@ -289,6 +290,32 @@ def test_what_a_job_brings_along() -> None:
     assert all(isinstance(value, str) for value in brought["env_vars"].values())  # Ray refuses anything else
     for job in all_of("RayJob"):
         assert yaml.safe_load(job["spec"]["runtimeEnvYAML"])["env_vars"] == brought["env_vars"]
+
+
+def test_a_submitted_job_uploads_the_code_and_nothing_large_or_secret(tmp_path: Path) -> None:
+    """As Ray packs a working directory; without `excludes` what lies beside the code would go to every node."""
+    from ray._private.runtime_env.packaging import create_package
+
+    copy = tmp_path / "checkout"
+    for name in ("distmaml", "jobs", "cluster", "docs"):
+        shutil.copytree(REPOSITORY / name, copy / name, ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copy(REPOSITORY / ".gitignore", copy)
+    for name in (
+        "omniglot.arrow",
+        "images.zip",
+        "model.safetensors",
+        "cluster/.env",
+        "cluster/ca.key",
+        ".venv/bin/python",
+    ):
+        (copy / name).parent.mkdir(parents=True, exist_ok=True)
+        (copy / name).write_bytes(secrets.token_bytes(2**20))
+    package = tmp_path / "package.zip"
+    create_package(str(copy), package, include_gitignore=True, excludes=load("runtime_env.yaml")["excludes"])
+    names = set(zipfile.ZipFile(package).namelist())
+    assert {"distmaml/loop.py", "jobs/train.py", "cluster/runtime_env.yaml"} <= names
+    assert not [name for name in names if name.startswith((".venv", "docs")) or name.endswith((".env", ".key"))]
+    assert package.stat().st_size < 2**20
 
 
 def test_the_commands_of_the_jobs_are_ones_that_our_jobs_take() -> None:
