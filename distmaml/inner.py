@@ -13,7 +13,7 @@ Notation, as in Finn et al. (2017):
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
-from typing import Any, Literal, NamedTuple, TypeAlias
+from typing import Any, Literal, NamedTuple, Protocol, TypeAlias
 
 import torch
 from torch import Tensor, func
@@ -23,8 +23,8 @@ from distmaml.trees import Tree, tree_add, tree_leaves, tree_map, tree_unflatten
 
 Params: TypeAlias = dict[str, Tensor]
 Metrics: TypeAlias = dict[str, Tensor]
-LossFn: TypeAlias = Callable[[Params, Tree, int], Tensor]
-"""Support loss: (params, context, inner_step) -> scalar."""
+LossFn: TypeAlias = "Callable[[Params, Tree, int], Tensor] | ExplicitLoss"
+"""Support loss: (params, context, inner_step) -> scalar; or one that knows its own derivatives."""
 
 
 class UpdateRule(NamedTuple):
@@ -95,6 +95,18 @@ class Linearization(NamedTuple):
     transpose: Callable[[Params], tuple[Params, Tree]]
 
 
+class ExplicitLoss(Protocol):
+    """A support or query loss that brings its own derivatives, in the place of a function that is differentiated.
+
+    Attributes:
+      gradient_and_value: ``params -> (gradient, (value, metrics))``.
+      linearize: ``params -> Linearization``, with no context.
+    """
+
+    def gradient_and_value(self, params: Params) -> tuple[Params, tuple[Tensor, Metrics]]: ...
+    def linearize(self, params: Params) -> Linearization: ...
+
+
 def descend(
     loss_fn: LossFn, params: Params, *, rule: UpdateRule, num_steps: int, rule_params: Tree = (), context: Tree = ()
 ) -> list[Params]:
@@ -107,25 +119,24 @@ def descend(
 
 
 def descend_vjp(
-    loss_fn: LossFn, params: Params, *, rule: UpdateRule, num_steps: int, rule_params: Tree = (), context: Tree = ()
-) -> tuple[list[Params], Callable[[Sequence[Params | None]], Cotangents]]:
+    loss_fn: LossFn, params: Params, *, rule: UpdateRule, num_steps: int, rule_params: Tree = (), context: Tree = (),
+    num_kept: int = 1,
+) -> tuple[list[Params], Callable[[Sequence[Params | None]], Cotangents]]:  # fmt: skip
     """`descend`, and its `pull_back` as a function of the cotangents alone.
 
-    Reverse over reverse, the pass that gives the gradient of the last inner step also begins its derivative, which
-    `pull_back` needs first. It is kept, so that a single inner step costs what unrolled autodiff does; its activations
-    live until `pull_back` has used them.
+    Reverse over reverse, the pass that gives the gradient of an inner step also begins its derivative. That of the
+    last `num_kept` steps is kept for `pull_back`, and these steps cost what they do in unrolled autodiff; their
+    activations live until it has used them. Those of the steps before are computed again.
     """
     options: dict[str, Tree] = {"rule_params": rule_params, "context": context}
+    first_kept = num_steps if _hvp_mode.get() == "forward" else max(num_steps - num_kept, 0)
+    trajectory = descend(loss_fn, params, rule=rule, num_steps=first_kept, **options)
     kept: dict[int, Linearization] = {}
-    if _hvp_mode.get() == "forward" or num_steps == 0:
-        trajectory = descend(loss_fn, params, rule=rule, num_steps=num_steps, **options)
-    else:
-        last = num_steps - 1
-        trajectory = descend(loss_fn, params, rule=rule, num_steps=last, **options)
-        kept[last] = linearize(loss_fn, trajectory[-1], context, last)
-        grads = kept[last].grads
+    for k in range(first_kept, num_steps):
+        kept[k] = linearize(loss_fn, trajectory[-1], context, k)
+        grads = kept[k].grads
         assert grads is not None  # reverse mode computes them anyway
-        trajectory.append(rule.step(rule_params, trajectory[-1], grads, last))
+        trajectory.append(rule.step(rule_params, trajectory[-1], grads, k))
     return trajectory, lambda cotangents: pull_back(loss_fn, trajectory, cotangents, rule=rule, kept=kept, **options)
 
 
@@ -207,8 +218,15 @@ def hvp_mode(mode: HvpMode) -> Iterator[None]:
         _hvp_mode.reset(token)
 
 
-def gradient(loss_fn: Callable[..., Tensor], params: Params, *arguments: Any) -> Params:
+def on_one_graph() -> bool:
+    """Whether nothing of torch.func is around: `hvp_mode` is "graph"."""
+    return _hvp_mode.get() == "graph"
+
+
+def gradient(loss_fn: LossFn, params: Params, *arguments: Any) -> Params:
     """The gradient of ``loss_fn(params, *arguments)`` with respect to `params`."""
+    if not callable(loss_fn):
+        return loss_fn.gradient_and_value(params)[0]
     return gradient_and_value(lambda params: (loss_fn(params, *arguments), ()), params)[0]
 
 
@@ -227,6 +245,8 @@ def linearize(
     loss_fn: LossFn, params: Params, context: Tree, inner_step: int, *, needs_grads: bool = False
 ) -> Linearization:
     """The gradient of the support loss with respect to `params`, and its derivative, at one point."""
+    if not callable(loss_fn):
+        return loss_fn.linearize(params)
     if _hvp_mode.get() == "graph":
         with torch.enable_grad():
             params, context = _leaves((params, context))

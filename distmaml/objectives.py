@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from distmaml.chain import Chain, chain_of
 from distmaml.episodes import fold_in
 from distmaml.errors import ConfigError
 from distmaml.inner import Metrics, Params
@@ -44,6 +45,7 @@ class Objective(NamedTuple):
       apply_head: ``(params, features, moment) -> outputs``; ``predict`` is one after the other.
       head: name of the last layer; its parameters start with ``head + "."``.
       metrics: names of the metrics that `loss` returns beside the loss.
+      chain: the model as one whose derivatives are known, if it is; they are used where that is faster.
     """
 
     predict: Callable[[Params, Tree, Moment], Any]
@@ -52,6 +54,7 @@ class Objective(NamedTuple):
     apply_head: Callable[[Params, Tensor, Moment], Any]
     head: str
     metrics: tuple[str, ...]
+    chain: Chain | None = None
 
 
 def classification(model: nn.Module, *, head: str | None = None) -> Objective:
@@ -151,7 +154,7 @@ def objective(
     def apply_head(params: Params, features: Tensor, moment: Moment) -> Any:
         return call(params, (features,), moment, head)
 
-    return Objective(predict, loss, features, apply_head, head, metrics)
+    return Objective(predict, loss, features, apply_head, head, metrics, chain_of(model))
 
 
 def initial_params(model: nn.Module) -> Params:

@@ -14,10 +14,11 @@ import distmaml
 ROOT = Path(distmaml.__file__).parent
 LAYERS = [
     ["errors"],
-    ["arrow_file", "files", "interrupt", "splits", "trees"],
+    ["arrow_file", "files", "interrupt", "kernels", "splits", "trees"],
     ["remote"],
     ["episodes", "inner", "journal", "segments", "worker"],
-    ["engine", "models", "objectives", "store"],
+    ["chain", "engine", "models", "store"],
+    ["objectives"],
     ["algorithms", "datasets"],
     ["config"],
     ["limits"],
@@ -53,6 +54,7 @@ ONLY_IN = {
     "plotly": {"pictures"},
     "torch.distributed": {"collectives"},
     "optuna": {"searchers"},
+    "numba": {"kernels"},
     "pickle": set[str](),
 }
 """A package, and the only units that may import it."""

@@ -8,15 +8,27 @@ MAML", https://arxiv.org/abs/1909.09157.
 
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.func import vjp
 
 from distmaml.algorithms import Algorithm
+from distmaml.chain import ChainLoss
 from distmaml.episodes import Batch, Episode, fold_in
 from distmaml.errors import ConfigError
-from distmaml.inner import LossFn, Metrics, Params, descend, descend_vjp, gradient_and_value, sgd
+from distmaml.inner import (
+    ExplicitLoss,
+    LossFn,
+    Metrics,
+    Params,
+    descend,
+    descend_vjp,
+    gradient_and_value,
+    on_one_graph,
+    sgd,
+)
 from distmaml.objectives import Moment, Objective
-from distmaml.trees import Tree, tree_add
+from distmaml.trees import Tree, tree_add, tree_leaves
 
 
 def maml(objective: Objective, *, inner_lr: float, num_inner_steps: int) -> Algorithm:
@@ -39,7 +51,9 @@ def maml(objective: Objective, *, inner_lr: float, num_inner_steps: int) -> Algo
     def meta_grad(theta: Params, episode: Episode, step: int) -> tuple[Params, Metrics]:
         support_key, query_key = _split(episode.key)
         loss_fn = _support_loss(objective, episode.support, support_key)
-        trajectory, pull_back = descend_vjp(loss_fn, theta, rule=rule, num_steps=num_inner_steps)
+        trajectory, pull_back = descend_vjp(
+            loss_fn, theta, rule=rule, num_steps=num_inner_steps, num_kept=_num_kept(episode)
+        )
         query_grads, metrics = _query_grads(objective, trajectory[-1], episode.query, num_inner_steps, query_key)
         return pull_back([*[None] * num_inner_steps, query_grads]).params, metrics
 
@@ -112,7 +126,27 @@ def anil(objective: Objective, *, inner_lr: float, num_inner_steps: int) -> Algo
     return Algorithm(lambda params, generator: params, adapt, _predictor(objective), meta_grad)
 
 
+def _num_kept(episode: Episode) -> int:
+    """Inner steps to keep the activations of: one, and more while they take a fourth of the query pass's at most."""
+    support, query = (len(tree_leaves(batch.targets)[0]) for batch in (episode.support, episode.query))
+    return 1 + query // (4 * support)
+
+
+def _explicit(objective: Objective, batch: Batch) -> ExplicitLoss | None:
+    """The loss on a batch with its derivatives, where they are known and the faster way to compute them."""
+    inputs = batch.inputs
+    if objective.chain is None or not on_one_graph() or not isinstance(inputs, Tensor) or inputs.device.type != "cpu":
+        return None
+    if inputs.ndim != 4 or inputs.dtype not in (torch.float32, torch.float64):
+        return None
+    return ChainLoss(objective.chain, objective.loss, inputs, batch.targets)
+
+
 def _support_loss(objective: Objective, support: Batch, key: Tensor | None) -> LossFn:
+    explicit = _explicit(objective, support)
+    if explicit is not None:
+        return explicit
+
     def loss(params: Params, context: Tree, k: int) -> Tensor:
         return objective.loss(objective.predict(params, support.inputs, Moment(k, key)), support.targets)[0]
 
@@ -123,11 +157,12 @@ def _query_grads(
     objective: Objective, phi: Params, query: Batch, inner_step: int, key: Tensor | None
 ) -> tuple[Params, Metrics]:
     """Gradient of the query loss at phi, and the training metrics."""
+    explicit = _explicit(objective, query)
 
     def loss(params: Params) -> tuple[Tensor, Metrics]:
         return objective.loss(objective.predict(params, query.inputs, Moment(inner_step, key)), query.targets)
 
-    grads, (value, metrics) = gradient_and_value(loss, phi)
+    grads, (value, metrics) = explicit.gradient_and_value(phi) if explicit else gradient_and_value(loss, phi)
     return grads, {"query_loss": value, **{f"query_{name}": metric for name, metric in metrics.items()}}
 
 

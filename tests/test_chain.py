@@ -1,0 +1,292 @@
+"""Derivatives by hand equal those of torch, and are used for nothing else than what they are the derivatives of."""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from distmaml import kernels
+from distmaml.algorithms.maml import fomaml, maml
+from distmaml.chain import Block, ChainLoss, chain_of
+from distmaml.engine import Engine
+from distmaml.episodes import Batch, Episode
+from distmaml.models.conv4 import Conv4
+from distmaml.objectives import Objective, classification, initial_params, objective
+from distmaml.outer import chunk_sum
+from tests import oracles
+
+BATCH_NORM: dict[str, Any] = {"track_running_stats": False}
+
+
+def block(
+    inputs: int, outputs: int, kernel: int = 3, *, pool: int = 1, bias: bool = True, **options: Any
+) -> list[nn.Module]:
+    layers: list[nn.Module] = [
+        nn.Conv2d(inputs, outputs, kernel, bias=bias, **options),
+        nn.BatchNorm2d(outputs, eps=1e-3, **BATCH_NORM),
+        nn.ReLU(),
+    ]
+    return layers if pool == 1 else [*layers, nn.MaxPool2d(pool)]
+
+
+MODELS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
+    "conv4": (lambda: Conv4((1, 28, 28), 5, num_filters=6), (1, 28, 28)),
+    "conv4, odd sides": (lambda: Conv4((3, 21, 21), 5, num_filters=6), (3, 21, 21)),
+    "conv4 pooled": (lambda: Conv4((3, 36, 36), 5, num_filters=4, downsample="pool"), (3, 36, 36)),
+    "one block, flat": (lambda: nn.Sequential(*block(2, 4), nn.Flatten(), nn.Linear(144, 5)), (2, 8, 8)),
+    "large kernels": (
+        lambda: nn.Sequential(
+            *block(1, 8, 5, stride=3, padding=2, bias=False),
+            *block(8, 6, 1),
+            nn.Flatten(),
+            nn.Linear(54, 5, bias=False),
+        ),
+        (1, 9, 9),
+    ),
+    "pooled by three": (
+        lambda: nn.Sequential(
+            *block(3, 4, pool=3, padding=1), *block(4, 5, pool=2, padding=1), nn.Flatten(), nn.Linear(20, 5)
+        ),
+        (3, 14, 14),
+    ),
+}
+
+
+def make(name: str, num_tasks: int = 2) -> tuple[nn.Module, Episode]:
+    torch.manual_seed(len(name))
+    factory, shape = MODELS[name]
+    model = factory().double()
+    for norm in (layer for layer in model.modules() if isinstance(layer, nn.BatchNorm2d)):
+        nn.init.normal_(norm.weight, 1.0, 0.5)  # negative ones among them
+        nn.init.normal_(norm.bias, 0.0, 0.3)
+    labels = torch.arange(5)
+    support = Batch(torch.randn(num_tasks, 5, *shape).double(), labels.expand(num_tasks, 5))
+    query = Batch(torch.randn(num_tasks, 15, *shape).double(), labels.repeat(3).expand(num_tasks, 15))
+    return model, Episode(support, query)
+
+
+def summed(target: Objective, theta: dict[str, Tensor], tasks: Episode, **options: Any) -> Any:
+    algorithm = options.pop("algorithm", maml)(target, **{"inner_lr": 0.3, "num_inner_steps": 3, **options})
+    return chunk_sum(algorithm, theta, tasks, 0, vectorize=False)
+
+
+@pytest.mark.parametrize("num_inner_steps", [1, 3, 6])
+@pytest.mark.parametrize("name", MODELS)
+def test_the_meta_gradient_equals_unrolled_autodiff(name: str, num_inner_steps: int) -> None:
+    model, tasks = make(name)
+    target, theta = classification(model), initial_params(model)
+    assert target.chain is not None
+    found, metrics = summed(target, theta, tasks, num_inner_steps=num_inner_steps)
+    expected = oracles.unrolled(model, theta, tasks, F.cross_entropy, inner_lr=0.3, num_steps=num_inner_steps)
+    assert list(found) == list(theta)
+    assert oracles.relative_error({name: grad / 2 for name, grad in found.items()}, expected) < 1e-10
+    by_torch = summed(target._replace(chain=None), theta, tasks, num_inner_steps=num_inner_steps)[1]
+    for metric, value in by_torch.items():
+        assert float(metrics[metric]) == pytest.approx(float(value))
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_first_order_equals_that_of_torch(name: str) -> None:
+    model, tasks = make(name)
+    target, theta = classification(model), initial_params(model)
+    found, _ = summed(target, theta, tasks, algorithm=fomaml)
+    expected, _ = summed(target._replace(chain=None), theta, tasks, algorithm=fomaml)
+    assert oracles.relative_error(found, expected) < 1e-12
+
+
+def with_no_metrics(loss: Callable[[Any, Any], Tensor], outputs: Any, targets: Any) -> tuple[Tensor, dict[str, Tensor]]:
+    return loss(outputs, targets), {}
+
+
+def test_any_loss_will_do_also_one_without_a_second_derivative() -> None:
+    model, tasks = make("conv4")
+    theta = initial_params(model)
+    for loss in (
+        lambda outputs, labels: F.cross_entropy(outputs, labels, label_smoothing=0.1),
+        lambda outputs, labels: -outputs[torch.arange(len(labels)), labels].mean(),
+    ):
+        target = objective(model, partial(with_no_metrics, loss))
+        found, _ = summed(target, theta, tasks)
+        expected, _ = summed(target._replace(chain=None), theta, tasks)
+        assert oracles.relative_error(found, expected) < 1e-10
+
+
+def test_a_product_with_the_hessian_is_symmetric() -> None:
+    model, tasks = make("pooled by three")
+    target, theta = classification(model), initial_params(model)
+    assert target.chain is not None
+    loss = ChainLoss(target.chain, target.loss, tasks.query.inputs[0], tasks.query.targets[0])
+    product = loss.linearize(theta).transpose
+    u, v = ({name: torch.randn_like(p) for name, p in theta.items()} for _ in range(2))
+    uv, vu = (sum(float((a[n] * product(b)[0][n]).sum()) for n in theta) for a, b in ((u, v), (v, u)))
+    assert uv == pytest.approx(vu, rel=1e-10)
+
+
+def test_a_step_in_float32_is_near_the_one_in_float64() -> None:
+    model, tasks = make("conv4", num_tasks=4)
+    theta = initial_params(model)
+    exact, _ = summed(classification(model), theta, tasks, num_inner_steps=1)
+    single = {name: p.float() for name, p in theta.items()}
+    halves = [batch._replace(inputs=batch.inputs.float()) for batch in tasks[:2]]
+    found, _ = summed(classification(model.float()), single, Episode(*halves), num_inner_steps=1)
+    assert all(grad.dtype == torch.float32 for grad in found.values())
+    assert oracles.relative_error({name: grad.double() for name, grad in found.items()}, exact) < 1e-4
+
+
+def test_what_is_no_number_is_seen() -> None:
+    model, tasks = make("conv4 pooled")
+    theta = initial_params(model)
+    theta["convolutions.0.weight"][0, 0, 0, 0] = float("nan")
+    found, metrics = summed(classification(model), theta, tasks)
+    assert torch.isnan(metrics["query_loss"])
+    assert torch.isnan(found["convolutions.0.weight"]).any()
+
+
+def test_inputs_and_parameters_are_left_alone() -> None:
+    model, tasks = make("conv4")
+    theta = initial_params(model)
+    before = {name: p.clone() for name, p in theta.items()}, tasks.support.inputs.clone(), tasks.query.inputs.clone()
+    summed(classification(model), theta, tasks)
+    assert all(torch.equal(before[0][name], p) for name, p in theta.items())
+    assert torch.equal(before[1], tasks.support.inputs)
+    assert torch.equal(before[2], tasks.query.inputs)
+
+
+# ------------------------------------------------------------------------------------------------ recognition
+
+
+def test_a_conv4_is_a_chain() -> None:
+    chain = chain_of(Conv4((1, 28, 28), 5, downsample="pool"))
+    assert chain is not None
+    assert chain.blocks[1] == Block("convolutions.1", 3, 1, 1, "norms.1", 1e-5, 2)
+    assert (chain.averages, chain.head) == (False, "head")
+
+
+class Doubled(nn.Module):
+    """A skip connection."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body, self.head = nn.Sequential(*block(2, 2, padding=1)), nn.Linear(128, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.head((x + self.body(x)).flatten(1))
+        return out
+
+
+class Twice(nn.Module):
+    """One block used two times."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body, self.head = nn.Sequential(*block(2, 2, padding=1)), nn.Linear(128, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.head(self.body(self.body(x)).flatten(1))
+        return out
+
+
+class Subclass(nn.Conv2d):
+    def forward(self, input: Tensor) -> Tensor:
+        return 2 * super().forward(input)
+
+
+def sequential(*layers: nn.Module) -> nn.Module:
+    return nn.Sequential(*layers, nn.Flatten(), nn.LazyLinear(5))
+
+
+OTHERS: dict[str, Callable[[], nn.Module]] = {
+    "skip": Doubled,
+    "twice": Twice,
+    "no norm": lambda: sequential(nn.Conv2d(2, 4, 3), nn.ReLU()),
+    "no rectifier": lambda: sequential(*block(2, 4)[:2]),
+    "leaky": lambda: sequential(*block(2, 4)[:2], nn.LeakyReLU()),
+    "dropout": lambda: sequential(*block(2, 4), nn.Dropout(0.5)),
+    "two layers in the head": lambda: nn.Sequential(*block(2, 4), nn.Flatten(), nn.Linear(144, 8), nn.Linear(8, 5)),
+    "dilation": lambda: sequential(*block(2, 4, dilation=2)),
+    "groups": lambda: sequential(*block(2, 4, groups=2)),
+    "reflection": lambda: sequential(*block(2, 4, padding=1, padding_mode="reflect")),
+    "same": lambda: sequential(*block(2, 4, padding="same")),
+    "not square": lambda: sequential(nn.Conv2d(2, 4, (3, 1)), nn.BatchNorm2d(4, track_running_stats=False), nn.ReLU()),
+    "no weights in the norm": lambda: sequential(
+        nn.Conv2d(2, 4, 3), nn.BatchNorm2d(4, affine=False, track_running_stats=False), nn.ReLU()
+    ),
+    "overlapping windows": lambda: sequential(*block(2, 4), nn.MaxPool2d(3, 2)),
+    "windows over the edge": lambda: sequential(*block(2, 4), nn.MaxPool2d(4, ceil_mode=True)),
+    "a class of their own": lambda: sequential(Subclass(2, 4, 3), *block(2, 4)[1:]),
+    "softmax": lambda: nn.Sequential(sequential(*block(2, 4)), nn.Softmax(1)),
+}
+
+
+def test_a_layer_with_a_hook_is_none() -> None:
+    model = Conv4((1, 28, 28), 5)
+    model.convolutions[1].register_forward_hook(lambda layer, arguments, output: 2 * output)
+    assert chain_of(model) is None
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_other_networks_are_none(name: str) -> None:
+    model = OTHERS[name]()
+    model(torch.randn(3, 2, 8, 8))  # it runs, so it is a network
+    assert chain_of(model) is None
+
+
+def test_derivatives_by_hand_serve_one_task_after_the_other_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, tasks = make("conv4")
+    asked: list[int] = []
+    original = ChainLoss.linearize
+
+    def counted(self: ChainLoss, params: Any) -> Any:
+        asked.append(1)
+        return original(self, params)
+
+    monkeypatch.setattr(ChainLoss, "linearize", counted)
+    for engine, expected in ((Engine(False, "graph"), 2), (Engine(False, "forward"), 0), (Engine(True, "forward"), 0)):
+        asked.clear()
+        monkeypatch.setattr("distmaml.engine.ENGINES", (engine,))
+        algorithm = maml(classification(model), inner_lr=0.1, num_inner_steps=1)
+        chunk_sum(algorithm, initial_params(model), tasks, 0)
+        assert len(asked) == expected, engine
+
+
+# ---------------------------------------------------------------------------------------------------- kernels
+
+
+@pytest.mark.parametrize(
+    ("side", "stride", "padding", "kernel"), [(7, 2, 1, 3), (8, 2, 1, 3), (6, 1, 0, 3), (9, 3, 2, 5)]
+)
+def test_patches_are_those_of_torch_and_their_transpose_is_one(
+    side: int, stride: int, padding: int, kernel: int
+) -> None:
+    generator = np.random.default_rng(side)
+    maps = generator.normal(size=(2, side, side, 3))
+    unfolded = F.unfold(torch.from_numpy(maps).permute(0, 3, 1, 2), kernel, stride=stride, padding=padding)
+    rows = unfolded.shape[0] * unfolded.shape[2]
+    expected = unfolded.view(2, 3, kernel * kernel, -1).permute(0, 3, 2, 1).reshape(rows, -1).numpy()
+    found = np.full_like(expected, np.nan)
+    kernels.patches(maps, found, stride, padding, kernel)
+    assert np.array_equal(found, expected)
+    grad, back = generator.normal(size=found.shape), np.full_like(maps, np.nan)
+    kernels.patches_back(grad, back, stride, padding, kernel)
+    assert (grad * found).sum() == pytest.approx((back * maps).sum(), rel=1e-12)
+
+
+def test_a_norm_over_many_rows_keeps_its_digits() -> None:
+    """A mean far from zero, in float32: sums that are not gathered in float64 lose the variance."""
+    y = (1000 + np.random.default_rng(0).normal(size=(20_000, 3))).astype(np.float32)
+    exact = y.astype(np.float64)
+    expected = (exact - exact.mean(0)) / exact.std(0)
+    ones, zeros, inverse, out = (
+        np.ones(3, np.float32),
+        np.zeros(3, np.float32),
+        np.empty(3, np.float32),
+        np.empty_like(y),
+    )
+    kernels.norm_relu(y, ones, zeros, 0.0, inverse, out)
+    assert np.abs(y - expected).max() < 2e-4
+    assert np.array_equal(out, np.maximum(y, 0))
