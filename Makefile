@@ -6,7 +6,7 @@ export DISTMAML_HOME
 PORT ?= 5000
 SHELL := /bin/bash
 
-.PHONY: train tune test test-faults fuzz check ui clean
+.PHONY: train tune test test-faults fuzz check bench-check ui clean
 
 .venv/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
@@ -37,6 +37,14 @@ check: .venv/installed
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
 	$(BIN)/pytest -q -m 'not (ray or slow or faults)' -n 2 --dist loadfile
+
+.venv/bench: .venv/installed
+	$(BIN)/pip install --quiet -e '.[bench]' -c constraints.txt
+	touch $@
+
+# Whether distmaml is as far ahead of other libraries as it was; on an otherwise idle machine.
+bench-check: .venv/bench
+	$(BIN)/python -m benchmarks.throughput --short --check docs/results/throughput.json
 
 # One after the other: each of the rest wants all cores for itself.
 test: check

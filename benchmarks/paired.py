@@ -26,7 +26,7 @@ def scores_of(run: Path, split: str, episodes: range) -> torch.Tensor:
     """The query metric of a run's best model on each of these episodes of a split, ``[num_episodes]``."""
     tensors, document = checkpoint.load(paths.model(run))
     config = from_json(document["config"])
-    device, dtype = torch.device("cpu"), getattr(torch, config.outer.precision)
+    device, dtype = torch.device("cpu"), getattr(torch, config.outer.dtype)
     tasks = build.task_distributions(config)
     learner = build.learner(config, build.shapes(tasks["train"]), device)
     meta_params = outer.load_meta_params(learner.meta_params, tensors, prefix="")

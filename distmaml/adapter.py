@@ -65,7 +65,7 @@ class FewShotModel:
                 )
             targets = targets.long()
         elif targets.is_floating_point() or self.config.objective == "regression":
-            targets = targets.to(getattr(torch, self.config.outer.precision))
+            targets = targets.to(getattr(torch, self.config.outer.dtype))
         steps = self.config.evaluation.num_eval_steps if num_steps is None else num_steps
         if steps < 0:
             raise ConfigError(f"num_steps={steps} must be 0 or more.")
@@ -105,7 +105,7 @@ class FewShotModel:
                     f"images of type {tensor.dtype} from {low:g} to {high:g}; this model takes floats in "
                     "[0, 1]: divide by 255."
                 )
-        return tensor.to(getattr(torch, self.config.outer.precision)) if tensor.is_floating_point() else tensor
+        return tensor.to(getattr(torch, self.config.outer.dtype)) if tensor.is_floating_point() else tensor
 
 
 class AdaptedModel:

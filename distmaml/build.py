@@ -9,6 +9,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -30,6 +31,11 @@ OBJECTIVES: dict[str, str] = {
     "regression": "distmaml.objectives:regression",
 }
 """Name -> where its function is: ``function(module) -> Objective``."""
+
+
+_CPU = torch.device("cpu")
+MOST_OF_GPU = 0.25
+"""Of a GPU's free memory, for the images of a store."""
 
 
 class Learner(NamedTuple):
@@ -82,7 +88,8 @@ def learner(
     with torch.random.fork_rng([]):
         torch.manual_seed(config.outer.seed)
         module = _module(config, shapes) if module is None else module
-    module = module.to(device, getattr(torch, config.outer.precision))
+    set_products(config.outer.precision)
+    module = module.to(device, getattr(torch, config.outer.dtype))
     objective = resolve("objective", config.objective, OBJECTIVES) if objective is None else objective
     algorithm = resolve("algorithm", config.algorithm, ALGORITHMS) if algorithm is None else algorithm
     target = objective(module)
@@ -92,8 +99,11 @@ def learner(
     return Learner(learned, target, meta_params, vectorize=device.type != "cpu" or not convolves)
 
 
-def task_distributions(config: Config) -> dict[str, TaskDistribution]:
+def task_distributions(config: Config, device: torch.device = _CPU) -> dict[str, TaskDistribution]:
     """The task distribution of each split: train, val and test.
+
+    Args:
+      device: where images are kept, if it is a GPU with room for them; episodes are then put together there.
 
     Raises:
       ConfigError, DataError: a split that the data cannot fill.
@@ -115,9 +125,12 @@ def task_distributions(config: Config) -> dict[str, TaskDistribution]:
             "and u), which may be classes of another split. Take --rotations none, or another data set."
         )
     cls = resolve("tasks", config.tasks, TASKS)
+    images: np.ndarray | torch.Tensor = opened.images
+    if device.type == "cuda" and opened.images.nbytes <= MOST_OF_GPU * torch.cuda.mem_get_info(device)[0]:
+        images = torch.tensor(opened.images, device=device)
     return {
         split: cls(
-            opened.images,
+            images,
             opened.classes(_scheme(options), split),
             split=split,
             seed=seed,
@@ -219,6 +232,13 @@ def described(error: BaseException) -> str:
     """What was raised, and where: for errors out of a user's own code."""
     place = traceback.extract_tb(error.__traceback__)[-1]
     return f"{type(error).__name__}: {first_line(error)} ({place.filename}, line {place.lineno})"
+
+
+def set_products(precision: str) -> None:
+    """How this process multiplies float32 matrices on a GPU; torch's own default is TF32 for convolutions alone."""
+    mode = "tf32" if precision == "tf32" else "ieee"
+    torch.backends.cuda.matmul.fp32_precision = mode
+    torch.backends.cudnn.conv.fp32_precision = mode  # type: ignore[attr-defined]
 
 
 def _module(config: Config, shapes: Shapes) -> nn.Module:

@@ -55,7 +55,7 @@ def mean_over_tasks(
     total = buffer[0].clone()
     for row in buffer[1:]:
         total += row
-    num_tasks = round(float(total[-2]))
+    num_tasks, raised = total[-2:].tolist()
     parts = (total[:-2] / num_tasks).split([leaf.numel() for leaf in leaves])
     mean = tree_unflatten(like, [part.reshape(leaf.shape) for part, leaf in zip(parts, leaves, strict=True)])
-    return mean, num_tasks, bool(total[-1] > 0)
+    return mean, round(num_tasks), raised > 0

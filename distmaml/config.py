@@ -158,10 +158,16 @@ class Outer:
     reduction_chunk: int = 4
     """Tasks computed together and summed as one piece; fixed over the numbers of workers. No more than
     meta_batch_size / reduction_chunk workers have something to do."""
-    precision: Literal["float32", "float64"] = "float32"
-    """Type of the parameters and of all arithmetic."""
+    precision: Literal["float32", "float64", "tf32"] = "float32"
+    """Type of the parameters and of all arithmetic. tf32, for GPUs alone, is float32 whose products of matrices and
+    convolutions have 10 bits of mantissa: 2 to 3 times as fast (docs/PERFORMANCE.md)."""
     seed: int = 0
     """Seed of the initial parameters and of the tasks. Splits do not depend on it."""
+
+    @property
+    def dtype(self) -> str:
+        """Type of the parameters and the inputs."""
+        return "float64" if self.precision == "float64" else "float32"
 
 
 @dataclass(frozen=True)

@@ -223,7 +223,7 @@ def on_one_graph() -> bool:
     return _hvp_mode.get() == "graph"
 
 
-def gradient(loss_fn: LossFn, params: Params, *arguments: Any) -> Params:
+def gradient(loss_fn: "Callable[..., Tensor] | ExplicitLoss", params: Params, *arguments: Any) -> Params:
     """The gradient of ``loss_fn(params, *arguments)`` with respect to `params`."""
     if not callable(loss_fn):
         return loss_fn.gradient_and_value(params)[0]

@@ -7,11 +7,12 @@ something (early stop, divergence, the best model) is computed from sums that ev
 import logging
 import math
 from collections import defaultdict
+from functools import partial
 from typing import Any
 
 import torch
 
-from distmaml import build, checkpoint, collectives, mirror, outer, paths
+from distmaml import build, checkpoint, collectives, gpu, mirror, outer, paths
 from distmaml.config import Config, from_json
 from distmaml.episodes import TaskDistribution, num_chunks, shard
 from distmaml.errors import DivergenceError
@@ -20,7 +21,7 @@ from distmaml.prefetch import prefetched
 from distmaml.recorder import Recorder, check_data, check_origin, file_of
 from distmaml.scoring import Evaluated, Intervals, interval, score
 from distmaml.selection import Selection, best_of, selected
-from distmaml.trees import named_leaves, tree_to
+from distmaml.trees import floats, named_leaves, tree_to
 from distmaml.worker import Worker
 
 log = logging.getLogger("distmaml")
@@ -46,7 +47,7 @@ def train(config: Config, worker: Worker) -> dict[str, float]:
     """
     mirror.take_state(config, worker.device)
     options, evaluation = config.outer, config.evaluation
-    tasks = build.task_distributions(config)
+    tasks = build.task_distributions(config, worker.device)
     shapes = build.shapes(tasks["train"])
     learner = build.learner(config, shapes, worker.device)
     state = outer.init_outer(learner.meta_params, options)
@@ -55,30 +56,29 @@ def train(config: Config, worker: Worker) -> dict[str, float]:
     shards = shard(options.meta_batch_size, options.reduction_chunk, worker.rank, worker.world_size)
     chunks_per_step = num_chunks(options.meta_batch_size, options.reduction_chunk)
     like = _shape_of_sums(config, worker, learner, tasks["train"])
+    summed = gpu.replayed(
+        partial(outer.chunk_sum, learner.algorithm, state.meta_params, vectorize=learner.vectorize),
+        worker.device, steady=learner.algorithm.steady,
+    )  # fmt: skip
     meter = Meter(options.meta_batch_size)
     values: dict[str, float] = {}
     done = start
 
     for step, chunks in prefetched(
         tasks["train"], shards, steps=range(start, start if selection.is_over(evaluation) else options.num_outer_steps),
-        tasks_per_step=options.meta_batch_size, device=worker.device, dtype=getattr(torch, options.precision),
+        tasks_per_step=options.meta_batch_size, device=worker.device, dtype=getattr(torch, options.dtype),
     ):  # fmt: skip
-        sums = {
-            chunk.number: (
-                outer.chunk_sum(learner.algorithm, state.meta_params, chunk.tasks, step, vectorize=learner.vectorize),
-                chunk.num_tasks,
-            )
-            for chunk in chunks
-        }
+        sums = {chunk.number: (summed(chunk.tasks, step), chunk.num_tasks) for chunk in chunks}
         hurry = worker.leaving() or (recorder is not None and recorder.asked_to_save())
         (grads, metrics), _, urgent = collectives.mean_over_tasks(
             sums, like, num_chunks=chunks_per_step, ordered=options.reduction == "ordered", flag=hurry
         )
-        norm = float(outer.outer_step(state, grads, step, options))
+        norm = outer.outer_step(state, grads, step, options)
         done = step + 1
-        values = {name: float(metric) for name, metric in metrics.items()}
-        _check_finite({**values, "gradient_norm": norm, "parameter_norm": outer.parameter_norm(state)}, done, config)
-        meter.add({**values, "gradient_norm": norm})
+        seen = floats({**metrics, "gradient_norm": norm, "parameter_norm": outer.parameter_norm(state)})
+        _check_finite(seen, done, config)
+        meter.add({name: value for name, value in seen.items() if name != "parameter_norm"})
+        values = {name: seen[name] for name in metrics}
         last = done == options.num_outer_steps
         improved = False
         if evaluation.val_every and (done % evaluation.val_every == 0 or last):
@@ -118,7 +118,7 @@ def evaluate(config: Config, worker: Worker, *, split: str = "test", step: int |
     """
     collectives.wait_for_all(worker.device)  # rank 0 may still be writing the file that all read
     file = mirror.take_file(config, file_of(paths.run_folder(config), step))
-    tasks = build.task_distributions(config)
+    tasks = build.task_distributions(config, worker.device)
     tensors, document = checkpoint.load(file)
     check_data(document, config)
     # What it was trained with, which is not what the run has by now where a search has changed it in between.
@@ -141,7 +141,7 @@ def _score(
 ) -> Intervals:
     """Scores on the first episodes of a split, which are always the same ones."""
     num_episodes, steps = config.evaluation.num_episodes(split), config.evaluation.num_eval_steps
-    dtype = getattr(torch, config.outer.precision)
+    dtype = getattr(torch, config.outer.dtype)
     keys = [(mode, f"query_{name}") for mode in ("transductive", *(["inductive"] if inductive else []))
             for name in ("loss", *learner.objective.metrics)]  # fmt: skip
     table = torch.zeros(num_episodes, len(keys), steps + 1, dtype=dtype, device=worker.device)
@@ -185,7 +185,7 @@ def _restore(config: Config, worker: Worker, state: Any) -> tuple[int, Selection
 
 def _shape_of_sums(config: Config, worker: Worker, learner: build.Learner, tasks: TaskDistribution) -> Any:
     """A tree like the sums of a step, from one task: a worker without a chunk needs it too."""
-    one = tree_to(tasks.sample([0]), worker.device, getattr(torch, config.outer.precision))
+    one = tree_to(tasks.sample([0]), worker.device, getattr(torch, config.outer.dtype))
     return outer.chunk_sum(learner.algorithm, learner.meta_params, one, 0, vectorize=learner.vectorize)
 
 

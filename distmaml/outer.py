@@ -87,6 +87,8 @@ def init_outer(meta_params: MetaParams, options: Outer) -> OuterState:
     """The state before the first outer step."""
     leaves = [leaf.detach().clone() for leaf in tree_leaves(meta_params)]
     groups: dict[str, Any] = {"lr": options.outer_lr, "weight_decay": options.weight_decay}
+    if leaves[0].is_cuda:
+        groups["fused"] = True  # one kernel
     optimizer: torch.optim.Optimizer
     if options.optimizer == "sgd":
         optimizer = torch.optim.SGD(leaves, **groups)
@@ -115,9 +117,9 @@ def outer_step(state: OuterState, meta_grads: MetaParams, step: int, options: Ou
     return norm
 
 
-def parameter_norm(state: OuterState) -> float:
+def parameter_norm(state: OuterState) -> Tensor:
     """Euclidean norm of the meta-parameters."""
-    return float(torch.nn.utils.get_total_norm([leaf.detach() for leaf in tree_leaves(state.meta_params)]))
+    return torch.nn.utils.get_total_norm([leaf.detach() for leaf in tree_leaves(state.meta_params)])
 
 
 def learning_rate(step: int, options: Outer) -> float:

@@ -342,7 +342,7 @@ def rehearse(config: Config) -> None:
 
 
 def _train_and_score_one(config: Config) -> build.Learner:
-    device, dtype = torch.device("cpu"), getattr(torch, config.outer.precision)
+    device, dtype = torch.device("cpu"), getattr(torch, config.outer.dtype)
     tasks = build.task_distributions(config)
     learner = build.learner(config, build.shapes(tasks["train"]), device)
     one, other = (tree_to(tasks[split].sample([0]), device, dtype) for split in ("train", "val"))

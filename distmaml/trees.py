@@ -1,9 +1,10 @@
 """Arithmetic on pytrees of tensors: nested dicts, tuples and NamedTuples."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeAlias
 
 import torch
+from torch import Tensor
 from torch.utils import _pytree as pytree
 
 Tree: TypeAlias = Any
@@ -43,6 +44,11 @@ def named_leaves(tree: Tree) -> dict[str, Any]:
 def tree_add(a: Tree, b: Tree) -> Tree:
     """``a + b``, leaf by leaf."""
     return tree_map(torch.add, a, b)
+
+
+def floats(scalars: Mapping[str, Tensor]) -> dict[str, float]:
+    """Scalars of one type as numbers, in a single transfer from their device."""
+    return dict(zip(scalars, torch.stack(list(scalars.values())).tolist(), strict=True))
 
 
 def tree_index(tree: Tree, index: int | slice) -> Tree:

@@ -14,6 +14,7 @@ import torch
 
 from distmaml import launch, paths, preflight, ray_cluster
 from distmaml.config import Config
+from distmaml.errors import ConfigError
 from distmaml.limits import check
 
 
@@ -47,9 +48,16 @@ def cluster(config: Config, environment: Mapping[str, str] | None = None) -> Ite
 
 
 def gpus_per_worker(config: Config, resources: Mapping[str, float]) -> float:
-    """How many GPUs each worker gets on a cluster that has these resources."""
+    """How many GPUs each worker gets on a cluster that has these resources.
+
+    Raises:
+      ConfigError: none, and the precision asks for one.
+    """
     has = resources.get("GPU", 0) > 0
     wanted = config.cluster.use_gpu == "yes" or (config.cluster.use_gpu == "auto" and has)
+    if not wanted and config.outer.precision == "tf32":
+        why = "the cluster has none" if not has else f"--use-gpu {config.cluster.use_gpu} leaves it out"
+        raise ConfigError(f"precision='tf32' is for GPUs, and {why}. Take --precision float32.")
     return config.cluster.gpus_per_worker if wanted else 0.0
 
 

@@ -25,6 +25,7 @@ LAYERS = [
     [
         "checkpoint",
         "collectives",
+        "gpu",
         "meter",
         "outer",
         "paths",

@@ -29,12 +29,14 @@ class Algorithm(NamedTuple):
       predict: ``(meta_params, adapted, inputs) -> outputs``: what an adapted state says of new inputs.
       meta_grad: ``(meta_params, episode, step) -> (meta_grads, metrics)``; `meta_grads` is shaped like `meta_params`,
         `metrics` are scalars to be averaged over tasks, `step` is the outer step.
+      steady: whether `meta_grad` does the same at every outer step, so that a GPU may record it once and replay it.
     """
 
     init: Callable[[Params, torch.Generator], MetaParams]
     adapt: Callable[..., list[Adapted]]
     predict: Callable[[MetaParams, Adapted, Tree], Any]
     meta_grad: Callable[[MetaParams, Episode, int], tuple[MetaParams, Metrics]]
+    steady: bool = False
 
 
 ALGORITHMS: dict[str, str] = {

@@ -57,7 +57,7 @@ def maml(objective: Objective, *, inner_lr: float, num_inner_steps: int) -> Algo
         query_grads, metrics = _query_grads(objective, trajectory[-1], episode.query, num_inner_steps, query_key)
         return pull_back([*[None] * num_inner_steps, query_grads]).params, metrics
 
-    return Algorithm(lambda params, generator: params, adapt, _predictor(objective), meta_grad)
+    return Algorithm(lambda params, generator: params, adapt, _predictor(objective), meta_grad, steady=True)
 
 
 def fomaml(objective: Objective, *, inner_lr: float, num_inner_steps: int) -> Algorithm:
@@ -123,7 +123,7 @@ def anil(objective: Objective, *, inner_lr: float, num_inner_steps: int) -> Algo
         grads = {**tree_add({name: query_grads[name] for name in body}, through_features), **back.params}
         return {name: grads[name] for name in theta}, metrics
 
-    return Algorithm(lambda params, generator: params, adapt, _predictor(objective), meta_grad)
+    return Algorithm(lambda params, generator: params, adapt, _predictor(objective), meta_grad, steady=True)
 
 
 def _num_kept(episode: Episode) -> int:

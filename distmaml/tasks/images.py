@@ -22,7 +22,8 @@ class ImageTasks:
     targets are int64 ``[num_tasks, num_ways * num_samples]`` in [0, num_ways).
 
     Args:
-      images: ``[num_rows, channels, height, width]`` uint8, may be memory-mapped; only the rows drawn are copied.
+      images: ``[num_rows, channels, height, width]`` uint8, may be memory-mapped; only the rows drawn are copied. A
+        tensor on a GPU has the episodes put together there.
       classes: the classes of this split with their rows.
       rotations: whether a class's rotations by 90, 180 and 270 degrees are classes of their own.
 
@@ -32,7 +33,7 @@ class ImageTasks:
 
     def __init__(
         self,
-        images: np.ndarray,
+        images: np.ndarray | Tensor,
         classes: Sequence[ClassRows],
         *,
         split: str,
@@ -57,6 +58,10 @@ class ImageTasks:
             )
         self.images, self.split, self.seed = images, split, seed
         self.num_ways, self.num_shots, self.num_queries, self.turns = num_ways, num_shots, num_queries, turns
+        if isinstance(images, Tensor):
+            # Where each pixel of a turned picture comes from: looking it up needs no decision of the CPU.
+            places = torch.arange(images.shape[-2] * images.shape[-1], device=images.device).view(images.shape[-2:])
+            self._orders = torch.stack([places.rot90(turn).flatten() for turn in range(turns)])
         self._names = [entry.name for entry in classes]
         self._counts = torch.tensor([len(entry.rows) for entry in classes])
         self._rows = torch.zeros(len(classes), int(self._counts.max()), dtype=torch.int64)
@@ -67,19 +72,30 @@ class ImageTasks:
         """The episodes with these indices; pure in (seed, split, index)."""
         keys = task_keys(self.seed, self.split, indices)
         classes, rows = self.draw(indices)
-        pixels = self.images[rows.numpy()]  # fancy indexing copies: the store itself is never handed out
-        quarter_turns = (classes % self.turns).numpy()
-        for turn in range(1, self.turns):
-            turned = quarter_turns == turn
-            pixels[turned] = np.rot90(pixels[turned], turn, axes=(-2, -1))
-        images = torch.from_numpy(pixels).to(torch.float32).div_(255)
-        labels = torch.arange(self.num_ways).expand(len(indices), -1)
+        images = self._turned(rows, classes % self.turns).to(torch.float32)
+        images /= torch.tensor(255.0, device=images.device)  # by a number, a GPU would multiply with its inverse
+        labels = torch.arange(self.num_ways, device=images.device).expand(len(indices), -1)
 
         def batch(samples: slice) -> Batch:
             part = images[:, :, samples]
             return Batch(part.flatten(1, 2), labels.repeat_interleave(part.shape[2], dim=1))
 
         return Episode(batch(slice(None, self.num_shots)), batch(slice(self.num_shots, None)), fold_in(keys, 2))
+
+    def _turned(self, rows: Tensor, quarter_turns: Tensor) -> Tensor:
+        """The pixels of store rows, each class turned: ``[*rows, channels, height, width]``; a copy."""
+        if isinstance(self.images, Tensor):
+            pixels = self.images[rows.to(self.images.device)]
+            if self.turns == 1:
+                return pixels
+            order = self._orders[quarter_turns.to(pixels.device)][:, :, None, None]
+            flat = pixels.flatten(-2)
+            return flat.gather(-1, order.expand_as(flat)).view_as(pixels)
+        turned = self.images[rows.numpy()]
+        for turn in range(1, self.turns):
+            chosen = quarter_turns.numpy() == turn
+            turned[chosen] = np.rot90(turned[chosen], turn, axes=(-2, -1))
+        return torch.from_numpy(turned)
 
     def names_of(self, index: int) -> list[str]:
         """The names of an episode's classes, in the order of their labels; a class's rotations share its name."""
