@@ -13,11 +13,12 @@ from torch.nn import functional as F
 from distmaml import kernels
 from distmaml.algorithms.maml import fomaml, maml
 from distmaml.chain import Block, ChainLoss, chain_of
+from distmaml.config import Outer
 from distmaml.engine import Engine
 from distmaml.episodes import Batch, Episode
 from distmaml.models.conv4 import Conv4
 from distmaml.objectives import Objective, classification, initial_params, objective
-from distmaml.outer import chunk_sum
+from distmaml.outer import chunk_sum, init_outer, outer_step
 from tests import oracles
 
 BATCH_NORM: dict[str, Any] = {"track_running_stats": False}
@@ -88,6 +89,22 @@ def test_the_meta_gradient_equals_unrolled_autodiff(name: str, num_inner_steps: 
     by_torch = summed(target._replace(chain=None), theta, tasks, num_inner_steps=num_inner_steps)[1]
     for metric, value in by_torch.items():
         assert float(metrics[metric]) == pytest.approx(float(value))
+
+
+@pytest.mark.parametrize("name", ["conv4", "conv4 pooled"])
+def test_twenty_steps_end_where_those_of_unrolled_autodiff_do(name: str) -> None:
+    model, _ = make(name)
+    options = Outer(optimizer="sgd", outer_lr=0.1)
+    found, expected = (init_outer(initial_params(model), options) for _ in range(2))
+    for step in range(20):
+        torch.manual_seed(step)
+        support, query = (Batch(torch.randn_like(batch.inputs), batch.targets) for batch in make(name)[1][:2])
+        tasks = Episode(support, query)
+        grads, _ = summed(classification(model), found.meta_params, tasks)
+        outer_step(found, {name: grad / 2 for name, grad in grads.items()}, step, options)
+        grads = oracles.unrolled(model, expected.meta_params, tasks, F.cross_entropy, inner_lr=0.3, num_steps=3)
+        outer_step(expected, grads, step, options)
+    assert oracles.relative_error(found.meta_params, expected.meta_params) < 1e-9
 
 
 @pytest.mark.parametrize("name", MODELS)
