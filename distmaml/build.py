@@ -236,9 +236,8 @@ def described(error: BaseException) -> str:
 
 def set_products(precision: str) -> None:
     """How this process multiplies float32 matrices on a GPU; torch's own default is TF32 for convolutions alone."""
-    mode = "tf32" if precision == "tf32" else "ieee"
-    torch.backends.cuda.matmul.fp32_precision = mode
-    torch.backends.cudnn.conv.fp32_precision = mode  # type: ignore[attr-defined]
+    torch.backends.cuda.matmul.allow_tf32 = precision == "tf32"
+    torch.backends.cudnn.allow_tf32 = precision == "tf32"
 
 
 def _module(config: Config, shapes: Shapes) -> nn.Module:

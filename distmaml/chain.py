@@ -14,14 +14,18 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.modules.module import _has_any_global_hook
 
 from distmaml import kernels
 from distmaml.inner import Linearization, Metrics, Params
+from distmaml.models.conv4 import Conv4
 
 MAX_EXPANSION = 3.0
 """How many times larger than the maps the matrix of patches may be for a convolution to become a matrix product."""
+MOST_POOL = 16
+"""Side of a pooling's windows whose pixels a byte can count."""
 
 
 class Block(NamedTuple):
@@ -48,109 +52,93 @@ class Chain(NamedTuple):
     Attributes:
       averages: whether the head gets the mean over space, rather than the flat map.
       head: name of the linear layer at the end.
+      parameters: the names of all that it has.
     """
 
     blocks: tuple[Block, ...]
     averages: bool
     head: str
+    parameters: frozenset[str]
 
 
 # ------------------------------------------------------------------------------------------- recognising a chain
 
 
 def chain_of(model: nn.Module) -> Chain | None:
-    """The model as a chain, or None where it is anything else."""
-    if any(layer._forward_hooks or layer._forward_pre_hooks for layer in model.modules()):
+    """The model as a chain, or None where it is anything else.
+
+    What `forward` does is known of two types alone, `nn.Sequential` and `Conv4`; of those that derive from them it is
+    not, nor of one with hooks.
+    """
+    layers = _layers(model)
+    if layers is None or _has_any_global_hook():  # type: ignore[no-untyped-call]
         return None
-    try:
-        traced = fx.symbolic_trace(model)
-    except Exception:  # whatever a model's forward does with what is no tensor
+    if any(_is_altered(module) for module in model.modules()):
         return None
-    nodes = list(traced.graph.nodes)
-    if any(len(node.all_input_nodes) > 1 or len(node.users) > 1 for node in nodes):
-        return None
-    names = [_name(node, traced) for node in nodes]
-    if names[:1] != ["input"] or names[-1:] != ["output"]:
-        return None
+    names = {id(module): name for name, module in model.named_modules()}
+    kinds = [_kind(layer) for layer in layers]
     blocks: list[Block] = []
-    at = 1
-    while names[at : at + 3] == ["convolution", "norm", "relu"]:
-        convolution: Any = traced.get_submodule(nodes[at].target)
-        norm: Any = traced.get_submodule(nodes[at + 1].target)
-        pool = _pool(nodes[at + 3], traced) if names[at + 3] == "pool" else 1
+    at = 0
+    while kinds[at : at + 3] == ["convolution", "norm", "relu"]:
+        convolution, norm = layers[at], layers[at + 1]
+        pooled = kinds[at + 3 : at + 4] == ["pool"]
         blocks.append(
-            Block(nodes[at].target, convolution.kernel_size[0], convolution.stride[0], convolution.padding[0],
-                  nodes[at + 1].target, norm.eps, pool)
+            Block(names[id(convolution)], convolution.kernel_size[0], convolution.stride[0], convolution.padding[0],
+                  names[id(norm)], norm.eps, layers[at + 3].kernel_size if pooled else 1)
         )  # fmt: skip
-        at += 3 if pool == 1 else 4
-    if not blocks or names[at] not in ("mean", "flatten") or names[at + 1 :] != ["linear", "output"]:
+        at += 4 if pooled else 3
+    averages = kinds[at : at + 2] == ["mean", "flatten"]
+    if not blocks or kinds[at:] != [*(["mean"] if averages else []), "flatten", "linear"]:
         return None
-    chain = Chain(tuple(blocks), names[at] == "mean", nodes[at + 1].target)
-    layers = [chain.head, *(name for block in blocks for name in (block.convolution, block.norm))]
-    owners = {name.rpartition(".")[0] for name, _ in model.named_parameters()}
-    return chain if len(set(layers)) == len(layers) and set(layers) == owners else None
+    head = names[id(layers[-1])]
+    expected = {
+        f"{name}.{parameter}"
+        for name in (head, *(name for block in blocks for name in (block.convolution, block.norm)))
+        for parameter, value in model.get_submodule(name).named_parameters(recurse=False)
+    }
+    found = list(model.named_parameters(remove_duplicate=False))
+    is_whole = len(found) == len(expected) == len({id(parameter) for _, parameter in found})
+    return Chain(tuple(blocks), averages, head, frozenset(expected)) if is_whole else None
 
 
-_FUNCTIONS: dict[Any, str] = {F.relu: "relu", torch.relu: "relu", F.max_pool2d: "pool", torch.flatten: "flatten"}
-_SPATIAL: tuple[Any, ...] = (((2, 3),), ((-2, -1),), ([2, 3],), ([-2, -1],))
+def _layers(model: nn.Module) -> list[Any] | None:
+    """What a model calls, one after the other."""
+    if type(model) is nn.Sequential:
+        parts = [_layers(module) or [module] for module in model]
+        return [layer for part in parts for layer in part]
+    if type(model) is Conv4:
+        pool = [nn.MaxPool2d(2)] if model.downsample == "pool" else []
+        blocks = zip(model.convolutions, model.norms, strict=True)
+        body = [layer for convolution, norm in blocks for layer in (convolution, norm, nn.ReLU(), *pool)]
+        return [*body, *([] if pool else [nn.AdaptiveAvgPool2d(1)]), nn.Flatten(), model.head]
+    return None
 
 
-def _name(node: fx.Node, traced: fx.GraphModule) -> str:
-    """What a node of a traced model is here; "" for what is not covered."""
-    if node.op == "placeholder":
-        return "input"
-    if node.op == "output":
-        return "output" if isinstance(node.args[0], fx.Node) else ""
-    if node.op == "call_module":
-        return _name_of_layer(traced.get_submodule(str(node.target)))
-    name = _FUNCTIONS.get(node.target, "") if node.op == "call_function" else str(node.target)
-    options = node.args[1:]
-    if name == "pool":
-        return "pool" if _pool(node, traced) > 1 else ""
-    if name == "relu":
-        return "" if options or node.kwargs.get("inplace") else "relu"
-    if name == "flatten":
-        return "flatten" if options == (1,) and not node.kwargs else ""
-    if name == "mean":
-        return "mean" if options in _SPATIAL and not node.kwargs else ""
-    return ""
+def _is_altered(module: nn.Module) -> bool:
+    """Whether something else than its type says what calling it does."""
+    hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
+    return any(hooks) or "forward" in vars(module)
 
 
-def _name_of_layer(layer: Any) -> str:
+def _kind(layer: Any) -> str:
+    """What a layer is in a chain; "" for what has no place in one."""
     kind = type(layer)
     if kind is nn.Conv2d:
         square = all(len(set(pair)) == 1 for pair in (layer.kernel_size, layer.stride, layer.padding))
         plain = layer.groups == 1 and layer.dilation == (1, 1) and layer.padding_mode == "zeros"
         return "convolution" if square and plain and not isinstance(layer.padding, str) else ""
     if kind is nn.BatchNorm2d:
-        return "norm" if layer.running_mean is None and layer.affine else ""
-    if kind is nn.ReLU:
-        return "relu"
+        learned = layer.weight is not None and layer.bias is not None
+        return "norm" if layer.running_mean is None and learned and layer.eps > 0 else ""
     if kind is nn.MaxPool2d:
-        sizes = (layer.kernel_size, layer.stride, layer.padding, layer.dilation)
-        return "pool" if _side(*sizes, layer.ceil_mode, layer.return_indices) > 1 else ""
+        side = layer.kernel_size
+        apart = isinstance(side, int) and layer.stride == side and layer.padding == 0 and layer.dilation == 1
+        return "pool" if apart and side <= MOST_POOL and not (layer.ceil_mode or layer.return_indices) else ""
+    if kind is nn.AdaptiveAvgPool2d:
+        return "mean" if layer.output_size in (1, (1, 1)) else ""
     if kind is nn.Flatten:
         return "flatten" if (layer.start_dim, layer.end_dim) == (1, -1) else ""
-    return "linear" if kind is nn.Linear else ""
-
-
-def _pool(node: fx.Node, traced: fx.GraphModule) -> int:
-    """The side of the windows of a max-pooling."""
-    if node.op == "call_module":
-        layer: Any = traced.get_submodule(str(node.target))
-        return int(layer.kernel_size)
-    positional: Any = node.args[1:]
-    named: Any = node.kwargs
-    return _side(*positional, **named)
-
-
-def _side(
-    kernel_size: Any, stride: Any = None, padding: Any = 0, dilation: Any = 1, ceil_mode: bool = False,
-    return_indices: bool = False,
-) -> int:  # fmt: skip
-    """The side of windows that lie side by side; 0 for any other max-pooling."""
-    plain = stride in (None, [], kernel_size) and padding == 0 and dilation == 1
-    return kernel_size if plain and isinstance(kernel_size, int) and not (ceil_mode or return_indices) else 0
+    return {nn.ReLU: "relu", nn.Linear: "linear"}.get(kind, "")
 
 
 # --------------------------------------------------------------------------------------------- its derivatives
@@ -199,7 +187,7 @@ class ChainLoss:
         with torch.enable_grad():
             leaf = (outputs if bias is None else outputs.add_(bias.detach())).requires_grad_()
             returned = self._loss(leaf, self._targets)
-            (grad,) = torch.autograd.grad(returned[0], leaf, create_graph=twice)
+            (grad,) = torch.autograd.grad(returned[0], leaf, create_graph=twice, materialize_grads=True)
         value, metrics = returned[0].detach(), {name: metric.detach() for name, metric in returned[1].items()}
         return _Pass(layers, maps.shape, features, leaf, grad, (value, metrics))
 
@@ -238,7 +226,9 @@ class ChainLoss:
         grad = here.grad.detach()
         t_grad = torch.zeros_like(grad)
         if here.grad.requires_grad:  # the loss of a linear function has no second derivative
-            t_grad = torch.autograd.grad(here.grad, here.outputs, t_outputs, retain_graph=True)[0]
+            (t_grad,) = torch.autograd.grad(
+                here.grad, here.outputs, t_outputs, retain_graph=True, materialize_grads=True
+            )
         products = {
             f"{head}.weight": torch.addmm(t_grad.t() @ here.features, grad.t(), t_features),
             f"{head}.bias": t_grad.sum(0),
@@ -287,6 +277,8 @@ class _Layer:
         samples, height, width, channels = shape
         height, width = ((side + 2 * block.padding - block.kernel) // block.stride + 1 for side in (height, width))
         self.out_shape = torch.Size((samples, height, width, len(self.weight)))
+        if min(height, width) < block.pool or samples * height * width == 1:
+            raise RuntimeError(f"maps of {shape[1]}x{shape[2]} leave too little")  # torch has a better word for it
         rows, columns = samples * height * width, block.kernel**2 * channels
         largest = max(rows * len(self.weight), shape.numel())
         self.is_product = rows * columns <= MAX_EXPANSION * largest

@@ -85,6 +85,7 @@ def _train(config: Config, interrupt: Interrupt) -> Outcome:
         at_last.enter_context(storage.kept())  # whose end is after that of the MLflow run
         shutil.rmtree(paths.ray(output) / name, ignore_errors=True)  # of a driver that was killed outright
         with workers.cluster(config) as resources:
+            workers.check_precision(config, resources)
             _tell_of_idle_workers(config)
             least, most = config.cluster.team
             team = workers.count(most, "worker") if least == most else f"{least} to {most} workers"

@@ -33,7 +33,8 @@ def replayed(function: OnTasks, device: torch.device, *, steady: bool) -> OnTask
         leaves = tree_leaves(tasks)
         shapes = tuple((leaf.shape, leaf.dtype) if leaf is not None else None for leaf in leaves)
         if shapes not in recorded:
-            recorded[shapes] = _recorded(function, tasks, step)
+            with torch.cuda.device(device):
+                recorded[shapes] = _recorded(function, tasks, step)
         recording = recorded[shapes]
         return function(tasks, step) if recording is None else recording(leaves)
 
@@ -90,6 +91,8 @@ def _on_memory(function: OnTasks, tasks: TaskBatch, step: int) -> str:
             "or fewer queries."
         )
     one = torch.cuda.max_memory_allocated() - before
+    if num_tasks == 1:
+        return f"one task needs {one / 2**30:.1f} GiB and more to be recorded, and this GPU has {total / 2**30:.0f}."
     room = max(1, min(int(0.8 * (total - before) / one), num_tasks - 1))
     return (
         f"a chunk of {num_tasks} tasks does not fit into the {total / 2**30:.0f} GiB of this GPU, and one task needs "

@@ -24,18 +24,24 @@ def _compiled(function: FunctionT) -> FunctionT:
     """The function, compiled at its first call, and kept on disk for the next process where there is a place for it."""
 
     @functools.cache
-    def compiled() -> Callable[..., None]:
-        import numba  # takes half a second, which a driver and a GPU need not spend
+    def compiled(*, cache: bool) -> Callable[..., None]:
+        import numba  # takes a moment, which a GPU need not spend
 
-        try:
-            found: Callable[..., None] = numba.njit(cache=True, **_OPTIONS)(function)
-        except RuntimeError:  # no folder that could be written
-            found = numba.njit(**_OPTIONS)(function)
+        found: Callable[..., None] = numba.njit(cache=cache, **_OPTIONS)(function)
         return found
+
+    keeps = True
 
     @functools.wraps(function)
     def call(*arguments: Any) -> None:
-        compiled()(*arguments)
+        nonlocal keeps
+        try:
+            compiled(cache=keeps)(*arguments)
+        except Exception:
+            if not keeps:
+                raise
+            keeps = False  # nowhere to write, a full disk, a file cut short: nothing has run yet
+            compiled(cache=False)(*arguments)
 
     return call  # type: ignore[return-value]
 
@@ -101,9 +107,10 @@ def norm_relu(y: Any, gamma: Any, beta: Any, eps: float, inverse: Any, out: Any)
                 part[c] += y[i, c]
         for c in range(channels):
             mean[c] += part[c]
-    centre = np.empty_like(gamma)
+    centre, rest = np.empty_like(gamma), np.zeros(channels)
     for c in range(channels):
         centre[c] = mean[c] / rows
+        rest[c] = mean[c] / rows - centre[c]
     variance = np.zeros(channels)
     for first in range(0, rows, _BLOCK):
         part[:] = 0
@@ -113,12 +120,14 @@ def norm_relu(y: Any, gamma: Any, beta: Any, eps: float, inverse: Any, out: Any)
                 part[c] += distance * distance
         for c in range(channels):
             variance[c] += part[c]
+    shift = np.empty_like(gamma)
     for c in range(channels):
-        inverse[c] = 1.0 / np.sqrt(variance[c] / rows + eps)
+        inverse[c] = 1.0 / np.sqrt(variance[c] / rows - rest[c] * rest[c] + eps)
+        shift[c] = rest[c] * inverse[c]
     zero = gamma.dtype.type(0)
     for i in range(rows):
         for c in range(channels):
-            hat = (y[i, c] - centre[c]) * inverse[c]
+            hat = (y[i, c] - centre[c]) * inverse[c] - shift[c]
             y[i, c] = hat
             value = gamma[c] * hat + beta[c]
             out[i, c] = zero if value < 0 else value
@@ -252,7 +261,7 @@ def max_pool(maps: Any, size: int, out: Any, winners: Any) -> None:
                 for k in range(1, size * size):
                     for c in range(channels):
                         value = maps[n, i * size + k // size, j * size + k % size, c]
-                        if not value <= out[n, i, j, c]:
+                        if value > out[n, i, j, c] or value != value:
                             out[n, i, j, c] = value
                             winners[n, i, j, c] = k
 

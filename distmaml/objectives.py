@@ -120,7 +120,8 @@ def objective(
             if attends:
                 stack.enter_context(_composed_attention())
             if recurrent_on_gpu:  # nor have cuDNN's recurrent cells
-                stack.enter_context(torch.backends.cudnn.flags(enabled=False))
+                allowed = torch.backends.cudnn.allow_tf32  # by default this context allows it
+                stack.enter_context(torch.backends.cudnn.flags(enabled=False, allow_tf32=allowed))
             if moment.key is not None:
                 stack.enter_context(_seeded(moment.key, moment.inner_step))
             if submodule:

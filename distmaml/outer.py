@@ -47,7 +47,8 @@ def meta_gradient(
             f"{num_tasks} tasks with chunk_size={chunk_size} have no mean gradient; both must be 1 or more."
         )
     # Tasks of pictures go to convolutions, which on a CPU are faster one task after the other.
-    side_by_side = not any(leaf.ndim > 4 and leaf.device.type == "cpu" for leaf in tree_leaves(tasks[:2]))
+    leaves = [leaf for leaf in tree_leaves(tasks[:2]) if isinstance(leaf, Tensor)]
+    side_by_side = not any(leaf.ndim > 4 and leaf.device.type == "cpu" for leaf in leaves)
     total: tuple[MetaParams, Metrics] | None = None
     for start in range(0, num_tasks, size):
         chunk = tree_index(tasks, slice(start, start + size))
@@ -78,7 +79,7 @@ class OuterState(NamedTuple):
     """What an outer step changes.
 
     Attributes:
-      meta_params: learned; updated in place.
+      meta_params: learned; updated in place, always: a GPU's recorded work reads them where they are.
       optimizer: torch's, over the leaves of `meta_params`.
     """
 

@@ -231,6 +231,7 @@ def _search(
     until: int,
 ) -> None:
     nested = config.cluster.team[1] > 1
+    workers.check_precision(config, resources)
     gpus = workers.gpus_per_worker(config, resources)
     # The process of a nested trial only waits for its workers, which ask for what they need.
     wants = {"node:__internal_head__": 0.001} if nested else {"CPU": 1.0, **({"GPU": gpus} if gpus else {})}

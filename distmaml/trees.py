@@ -13,7 +13,11 @@ Tree: TypeAlias = Any
 
 def tree_map(function: Callable[..., Any], tree: Tree, *rest: Tree) -> Tree:
     """The tree of ``function(leaf, *leaves of rest)``; all trees have one structure."""
-    if type(tree) is dict and all(type(leaf) is torch.Tensor for leaf in tree.values()):
+    if (
+        type(tree) is dict
+        and all(type(leaf) is Tensor for leaf in tree.values())
+        and all(type(other) is dict and other.keys() == tree.keys() for other in rest)
+    ):
         # Parameters, at every inner step: pytree takes longer than the arithmetic on a small network.
         return {name: function(leaf, *[other[name] for other in rest]) for name, leaf in tree.items()}
     return pytree.tree_map(function, tree, *rest)

@@ -48,17 +48,21 @@ def cluster(config: Config, environment: Mapping[str, str] | None = None) -> Ite
 
 
 def gpus_per_worker(config: Config, resources: Mapping[str, float]) -> float:
-    """How many GPUs each worker gets on a cluster that has these resources.
-
-    Raises:
-      ConfigError: none, and the precision asks for one.
-    """
+    """How many GPUs each worker gets on a cluster that has these resources."""
     has = resources.get("GPU", 0) > 0
     wanted = config.cluster.use_gpu == "yes" or (config.cluster.use_gpu == "auto" and has)
-    if not wanted and config.outer.precision == "tf32":
-        why = "the cluster has none" if not has else f"--use-gpu {config.cluster.use_gpu} leaves it out"
-        raise ConfigError(f"precision='tf32' is for GPUs, and {why}. Take --precision float32.")
     return config.cluster.gpus_per_worker if wanted else 0.0
+
+
+def check_precision(config: Config, resources: Mapping[str, float]) -> None:
+    """Refuses to train in a precision that these workers do not have.
+
+    Raises:
+      ConfigError: saying why.
+    """
+    if config.outer.precision == "tf32" and not gpus_per_worker(config, resources):
+        why = f"--use-gpu {config.cluster.use_gpu} leaves them out" if resources.get("GPU") else "the cluster has none"
+        raise ConfigError(f"precision='tf32' is for GPUs, and {why}. Take --precision float32.")
 
 
 def fit(

@@ -1,7 +1,9 @@
 """Derivatives by hand equal those of torch, and are used for nothing else than what they are the derivatives of."""
 
+import importlib.util
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -184,28 +186,13 @@ def test_a_conv4_is_a_chain() -> None:
     assert (chain.averages, chain.head) == (False, "head")
 
 
-class Doubled(nn.Module):
-    """A skip connection."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.body, self.head = nn.Sequential(*block(2, 2, padding=1)), nn.Linear(128, 5)
-
-    def forward(self, x: Tensor) -> Tensor:
-        out: Tensor = self.head((x + self.body(x)).flatten(1))
-        return out
-
-
-class Twice(nn.Module):
-    """One block used two times."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.body, self.head = nn.Sequential(*block(2, 2, padding=1)), nn.Linear(128, 5)
-
-    def forward(self, x: Tensor) -> Tensor:
-        out: Tensor = self.head(self.body(self.body(x)).flatten(1))
-        return out
+def test_sequences_may_be_nested_and_share_what_has_no_parameters() -> None:
+    relu = nn.ReLU()
+    body = nn.Sequential(nn.Sequential(*block(2, 4)[:2], relu), nn.Sequential(*block(4, 4)[:2], relu))
+    chain = chain_of(nn.Sequential(body, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 5)))
+    assert chain is not None
+    assert [entry.norm for entry in chain.blocks] == ["0.0.1", "0.1.1"]
+    assert chain.averages
 
 
 class Subclass(nn.Conv2d):
@@ -213,13 +200,39 @@ class Subclass(nn.Conv2d):
         return 2 * super().forward(input)
 
 
-def sequential(*layers: nn.Module) -> nn.Module:
+class Doubling(Conv4):
+    def forward(self, images: Tensor) -> Tensor:
+        return 2 * super().forward(images)
+
+
+def sequential(*layers: nn.Module) -> nn.Sequential:
     return nn.Sequential(*layers, nn.Flatten(), nn.LazyLinear(5))
 
 
+def norm(**options: Any) -> nn.Module:
+    return nn.BatchNorm2d(4, **{"track_running_stats": False, **options})
+
+
+def tied() -> nn.Module:
+    model = nn.Sequential(*block(2, 4), *block(4, 4), nn.Flatten(), nn.Linear(64, 5))
+    model[4].weight = model[1].weight
+    return model
+
+
+def hooked(method: str) -> nn.Module:
+    model = sequential(*block(2, 4))
+    getattr(model[1], method)(lambda *arguments: None)
+    return model
+
+
+def patched() -> nn.Module:
+    model = sequential(*block(2, 4))
+    model[0].forward = lambda x: x[:, :, 1:-1, 1:-1].repeat(1, 2, 1, 1)
+    return model
+
+
 OTHERS: dict[str, Callable[[], nn.Module]] = {
-    "skip": Doubled,
-    "twice": Twice,
+    "a class that is not known": lambda: Doubling((2, 8, 8), 5),
     "no norm": lambda: sequential(nn.Conv2d(2, 4, 3), nn.ReLU()),
     "no rectifier": lambda: sequential(*block(2, 4)[:2]),
     "leaky": lambda: sequential(*block(2, 4)[:2], nn.LeakyReLU()),
@@ -229,21 +242,20 @@ OTHERS: dict[str, Callable[[], nn.Module]] = {
     "groups": lambda: sequential(*block(2, 4, groups=2)),
     "reflection": lambda: sequential(*block(2, 4, padding=1, padding_mode="reflect")),
     "same": lambda: sequential(*block(2, 4, padding="same")),
-    "not square": lambda: sequential(nn.Conv2d(2, 4, (3, 1)), nn.BatchNorm2d(4, track_running_stats=False), nn.ReLU()),
-    "no weights in the norm": lambda: sequential(
-        nn.Conv2d(2, 4, 3), nn.BatchNorm2d(4, affine=False, track_running_stats=False), nn.ReLU()
-    ),
+    "not square": lambda: sequential(nn.Conv2d(2, 4, (3, 1)), norm(), nn.ReLU()),
+    "no weights in the norm": lambda: sequential(nn.Conv2d(2, 4, 3), norm(affine=False), nn.ReLU()),
+    "no shift in the norm": lambda: sequential(nn.Conv2d(2, 4, 3), norm(bias=False), nn.ReLU()),
     "overlapping windows": lambda: sequential(*block(2, 4), nn.MaxPool2d(3, 2)),
     "windows over the edge": lambda: sequential(*block(2, 4), nn.MaxPool2d(4, ceil_mode=True)),
     "a class of their own": lambda: sequential(Subclass(2, 4, 3), *block(2, 4)[1:]),
     "softmax": lambda: nn.Sequential(sequential(*block(2, 4)), nn.Softmax(1)),
+    "tied": tied,
+    "a forward of its own": patched,
+    **{
+        method: lambda method=method: hooked(method)  # type: ignore[misc]
+        for method in ("register_forward_hook", "register_forward_pre_hook", "register_full_backward_hook")
+    },
 }
-
-
-def test_a_layer_with_a_hook_is_none() -> None:
-    model = Conv4((1, 28, 28), 5)
-    model.convolutions[1].register_forward_hook(lambda layer, arguments, output: 2 * output)
-    assert chain_of(model) is None
 
 
 @pytest.mark.parametrize("name", OTHERS)
@@ -251,6 +263,38 @@ def test_other_networks_are_none(name: str) -> None:
     model = OTHERS[name]()
     model(torch.randn(3, 2, 8, 8))  # it runs, so it is a network
     assert chain_of(model) is None
+
+
+@pytest.mark.parametrize(("side", "covered"), [(16, True), (17, False)])
+def test_windows_are_as_large_as_a_byte_can_count(side: int, covered: bool) -> None:
+    torch.manual_seed(side)
+    model = nn.Sequential(*block(2, 4, pool=side, padding=1), nn.Flatten(), nn.Linear(4, 5)).double()
+    labels = torch.arange(5).expand(2, 5)
+    support, query = (Batch(torch.randn(2, 5, 2, side, side).double(), labels) for _ in range(2))
+    tasks = Episode(support, query)
+    target = classification(model)
+    assert (target.chain is not None) == covered
+    found, _ = summed(target, initial_params(model), tasks)
+    expected, _ = summed(target._replace(chain=None), initial_params(model), tasks)
+    assert oracles.relative_error(found, expected) < 1e-10
+
+
+def test_what_torch_refuses_is_refused() -> None:
+    model = nn.Sequential(*block(1, 4), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 5))
+    for images, message in ((torch.randn(2, 1, 1, 3, 3), "more than 1 value per channel"),
+                            (torch.randn(2, 5, 1, 2, 2), "Kernel size")):  # fmt: skip
+        batch = Batch(images, torch.zeros(2, images.shape[1], dtype=torch.int64))
+        with pytest.raises((RuntimeError, ValueError), match=message):
+            summed(classification(model), initial_params(model), Episode(batch, batch))
+
+
+def test_parameters_that_are_others_go_to_torch() -> None:
+    model, tasks = make("conv4")
+    target, theta = classification(model), initial_params(model)
+    del theta["head.bias"]  # functional_call takes the module's own
+    found, _ = summed(target, theta, tasks)
+    expected, _ = summed(target._replace(chain=None), theta, tasks)
+    assert oracles.relative_error(found, expected) < 1e-12
 
 
 def test_derivatives_by_hand_serve_one_task_after_the_other_alone(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -291,6 +335,35 @@ def test_patches_are_those_of_torch_and_their_transpose_is_one(
     grad, back = generator.normal(size=found.shape), np.full_like(maps, np.nan)
     kernels.patches_back(grad, back, stride, padding, kernel)
     assert (grad * found).sum() == pytest.approx((back * maps).sum(), rel=1e-12)
+
+
+def test_pooling_takes_the_first_of_equals_and_passes_on_what_is_no_number() -> None:
+    maps = torch.tensor([[1.0, 1.0, 3.0, 2.0], [1.0, 0.0, float("nan"), 4.0]], dtype=torch.float64)[None, None]
+    expected, places = F.max_pool2d(maps, 2, return_indices=True)
+    out, winners = np.empty((1, 1, 2, 1)), np.empty((1, 1, 2, 1), np.uint8)
+    kernels.max_pool(maps.permute(0, 2, 3, 1).numpy(), 2, out, winners)
+    assert np.array_equal(out.ravel(), expected.numpy().ravel(), equal_nan=True)
+    assert [int(k) // 2 * 4 + 2 * i + int(k) % 2 for i, k in enumerate(winners.ravel())] == places.flatten().tolist()
+
+
+def test_a_kernel_that_cannot_be_kept_on_disk_runs_all_the_same(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    source = tmp_path / "own_kernels.py"
+    source.write_text(Path(kernels.__file__).read_text())
+    spec = importlib.util.spec_from_file_location("own_kernels", source)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+
+    def full(*arguments: object, **options: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("numba.core.caching.IndexDataCacheFile.save", full)
+    out = np.full((1, 1), np.nan)
+    module.patches(np.ones((1, 1, 1, 1)), out, 1, 0, 1)
+    assert out == 1
 
 
 def test_a_norm_over_many_rows_keeps_its_digits() -> None:

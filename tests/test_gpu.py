@@ -10,12 +10,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from distmaml import build, gpu, loop
+from distmaml import build, gpu, loop, workers
 from distmaml.algorithms.maml import maml
 from distmaml.config import override
 from distmaml.engine import warn_once
 from distmaml.episodes import Batch, Episode
-from distmaml.errors import ConfigError
+from distmaml.errors import ConfigError, DataError
 from distmaml.models.conv4 import Conv4
 from distmaml.objectives import classification, initial_params
 from distmaml.outer import chunk_sum
@@ -69,6 +69,33 @@ def test_episodes_of_a_tensor_are_those_of_a_store(rotations: bool, device: str)
     assert torch.equal(expected.key, found.key.cpu())
 
 
+@pytest.mark.parametrize("precision", ["float32", "tf32"])
+def test_a_precision_gets_along_with_what_recurrent_networks_switch_off(precision: str) -> None:
+    build.set_products(precision)
+    try:
+        with torch.backends.cudnn.flags(enabled=False, allow_tf32=torch.backends.cudnn.allow_tf32):
+            assert torch.backends.cudnn.allow_tf32 == (precision == "tf32")
+        assert torch.backends.cuda.matmul.allow_tf32 == (precision == "tf32")
+    finally:
+        build.set_products("float32")
+
+
+def test_rotations_want_square_images() -> None:
+    images = np.zeros((40, 1, 8, 6), np.uint8)
+    classes = [ClassRows(str(number), np.arange(8 * number, 8 * number + 8)) for number in range(5)]
+    with pytest.raises(DataError, match="images of 8x6 are not square"):
+        ImageTasks(images, classes, split="train", seed=0, num_ways=2, num_shots=1, num_queries=1, rotations=True)
+
+
+def test_tf32_without_a_gpu_is_refused_before_training() -> None:
+    config = override(glyphs_maml_5w1s(), {"precision": "tf32"})
+    with pytest.raises(ConfigError, match="precision='tf32' is for GPUs, and the cluster has none"):
+        workers.check_precision(config, {"CPU": 2.0})
+    with pytest.raises(ConfigError, match="--use-gpu no leaves them out"):
+        workers.check_precision(override(config, {"use_gpu": "no"}), {"CPU": 2.0, "GPU": 1.0})
+    workers.check_precision(config, {"GPU": 1.0})
+
+
 # --------------------------------------------------------------------------------------------- on a GPU
 
 
@@ -80,10 +107,10 @@ def test_replaying_equals_computing_for_new_tasks_new_shapes_and_new_parameters(
     results = []
     for seed, num_tasks in enumerate((3, 3, 2, 3)):
         batch = tasks(num_tasks, "cuda", seed)
-        for found, expected in ((replayed(batch, seed), plain(batch, seed)),):
-            assert oracles.relative_error(found[0], expected[0]) < 1e-10
-            assert float(found[1]["query_loss"]) == pytest.approx(float(expected[1]["query_loss"]), rel=1e-10)
-            results.append((found, expected))
+        found, expected = replayed(batch, seed), plain(batch, seed)
+        assert oracles.relative_error(found[0], expected[0]) < 1e-10
+        assert float(found[1]["query_loss"]) == pytest.approx(float(expected[1]["query_loss"]), rel=1e-10)
+        results.append((found, expected))
         for leaf in theta.values():
             leaf.mul_(0.9)  # as an optimiser does, in place
     for found, expected in results:  # copies: later replays have not changed them

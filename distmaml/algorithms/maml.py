@@ -46,11 +46,11 @@ def maml(objective: Objective, *, inner_lr: float, num_inner_steps: int) -> Algo
 
     def adapt(theta: Params, support: Batch, num_steps: int | None = None, key: Tensor | None = None) -> list[Params]:
         steps = num_inner_steps if num_steps is None else num_steps
-        return descend(_support_loss(objective, support, key), theta, rule=rule, num_steps=steps)
+        return descend(_support_loss(objective, theta, support, key), theta, rule=rule, num_steps=steps)
 
     def meta_grad(theta: Params, episode: Episode, step: int) -> tuple[Params, Metrics]:
         support_key, query_key = _split(episode.key)
-        loss_fn = _support_loss(objective, episode.support, support_key)
+        loss_fn = _support_loss(objective, theta, episode.support, support_key)
         trajectory, pull_back = descend_vjp(
             loss_fn, theta, rule=rule, num_steps=num_inner_steps, num_kept=_num_kept(episode)
         )
@@ -128,22 +128,27 @@ def anil(objective: Objective, *, inner_lr: float, num_inner_steps: int) -> Algo
 
 def _num_kept(episode: Episode) -> int:
     """Inner steps to keep the activations of: one, and more while they take a fourth of the query pass's at most."""
-    support, query = (len(tree_leaves(batch.targets)[0]) for batch in (episode.support, episode.query))
-    return 1 + query // (4 * support)
+    support, query = (
+        next((len(leaf) for leaf in tree_leaves(batch.inputs) if isinstance(leaf, Tensor) and leaf.ndim), 1)
+        for batch in (episode.support, episode.query)
+    )
+    return 1 + query // (4 * max(support, 1))
 
 
-def _explicit(objective: Objective, batch: Batch) -> ExplicitLoss | None:
+def _explicit(objective: Objective, params: Params, batch: Batch) -> ExplicitLoss | None:
     """The loss on a batch with its derivatives, where they are known and the faster way to compute them."""
-    inputs = batch.inputs
-    if objective.chain is None or not on_one_graph() or not isinstance(inputs, Tensor) or inputs.device.type != "cpu":
+    chain, inputs = objective.chain, batch.inputs
+    if chain is None or not on_one_graph() or not isinstance(inputs, Tensor) or inputs.device.type != "cpu":
         return None
-    if inputs.ndim != 4 or inputs.dtype not in (torch.float32, torch.float64):
+    if inputs.ndim != 4 or inputs.dtype not in (torch.float32, torch.float64) or params.keys() != chain.parameters:
         return None
-    return ChainLoss(objective.chain, objective.loss, inputs, batch.targets)
+    if any(parameter.dtype != inputs.dtype for parameter in params.values()):
+        return None
+    return ChainLoss(chain, objective.loss, inputs, batch.targets)
 
 
-def _support_loss(objective: Objective, support: Batch, key: Tensor | None) -> LossFn:
-    explicit = _explicit(objective, support)
+def _support_loss(objective: Objective, theta: Params, support: Batch, key: Tensor | None) -> LossFn:
+    explicit = _explicit(objective, theta, support)
     if explicit is not None:
         return explicit
 
@@ -157,7 +162,7 @@ def _query_grads(
     objective: Objective, phi: Params, query: Batch, inner_step: int, key: Tensor | None
 ) -> tuple[Params, Metrics]:
     """Gradient of the query loss at phi, and the training metrics."""
-    explicit = _explicit(objective, query)
+    explicit = _explicit(objective, phi, query)
 
     def loss(params: Params) -> tuple[Tensor, Metrics]:
         return objective.loss(objective.predict(params, query.inputs, Moment(inner_step, key)), query.targets)

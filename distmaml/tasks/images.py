@@ -58,6 +58,11 @@ class ImageTasks:
             )
         self.images, self.split, self.seed = images, split, seed
         self.num_ways, self.num_shots, self.num_queries, self.turns = num_ways, num_shots, num_queries, turns
+        if rotations and images.shape[-2] != images.shape[-1]:
+            raise DataError(
+                f"images of {images.shape[-2]}x{images.shape[-1]} are not square, so rotations change their shape. "
+                "Take --rotations none."
+            )
         if isinstance(images, Tensor):
             # Where each pixel of a turned picture comes from: looking it up needs no decision of the CPU.
             places = torch.arange(images.shape[-2] * images.shape[-1], device=images.device).view(images.shape[-2:])
