@@ -7,7 +7,6 @@ from typing import Any
 
 from distmaml.config import Config, Evaluation
 from distmaml.journal import History, Journal
-from distmaml.pictures import searches as pictures
 from distmaml.space import Search, Space, first_rung
 
 
@@ -80,6 +79,8 @@ def text(value: Any) -> str:
 
 def draw(folder: Path, config: Config, search: Search, chosen: Space, journal: Journal) -> Iterator[Path]:
     """Draws a search: its trials over the learning rates, in parallel coordinates, and what they cost; yields files."""
+    from distmaml.pictures import searches as pictures  # with matplotlib, which no trial needs
+
     evaluation, title = config.evaluation, config.run.name or ""
     metric, mode = evaluation.selected_quantity, evaluation.selection_mode
     known = [(trial, trial.best_values(mode), trial.best(mode)) for trial in journal.trials.values()]

@@ -1,5 +1,6 @@
 """Runs a loop on Ray workers. The only import of ray.train; knows nothing of what the loop does."""
 
+import contextlib
 import logging
 import math
 import os
@@ -74,6 +75,7 @@ def fit(
     """
     import ray
     import ray.train
+    from ray import cloudpickle
     from ray.train.torch import TorchConfig, TorchTrainer
     from ray.train.v2._internal.constants import ENV_VARS_TO_PROPAGATE
 
@@ -86,11 +88,15 @@ def fit(
     # See `ray_cluster._found_by_ray_train`; and how long the controller waits for workers that hang.
     ENV_VARS_TO_PROPAGATE.update(["RAY_ADDRESS", "TORCH_PROCESS_GROUP_SHUTDOWN_TIMEOUT_S"])
     _check_room(least, gpus_per_worker)
+    with contextlib.suppress(Exception):  # what Ray Train's controller would start, and wait for, starts beside it
+        supervisor.coordinator()
+    packed = cloudpickle.dumps((loop, config))
 
     def trainer(attempt: int) -> Trainer:
         return Trainer(
             _per_worker,
-            train_loop_config={"loop": loop, "config": config},
+            # Packed, or Ray Train's controller would unpack it too, and import all that the loop does.
+            train_loop_config={"packed": packed},
             torch_config=TorchConfig(
                 backend="nccl" if gpus_per_worker >= 1 else "gloo", timeout_s=math.ceil(collective_timeout)
             ),
@@ -113,7 +119,7 @@ def fit(
                 callbacks=[
                     *supervisor.callbacks(
                         supervisor.Limits(least, gpus_per_worker, max_failures - attempt, max_failures, node_timeout),
-                        before_resize,
+                        before_resize if least < most else None,
                     ),
                     *callbacks,
                 ],
@@ -153,8 +159,11 @@ def _fit(trainer: Callable[[int], Any], max_failures: int) -> Any:
 
 
 def _per_worker(settings: dict[str, Any]) -> Any:
+    from ray import cloudpickle
+
     try:
-        return settings["loop"](settings["config"], RayWorker())
+        loop, config = cloudpickle.loads(settings["packed"])
+        return loop(config, RayWorker())
     except Exception as error:
         if not isinstance(error, DistmamlError):
             error.add_note(f"In a worker:\n{traceback.format_exc()}")  # which does not travel by itself

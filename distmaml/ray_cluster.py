@@ -38,6 +38,8 @@ _ENVIRONMENT = {
 _LOCAL_ENVIRONMENT = {
     "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",  # all ports on 127.0.0.1 only
     "RAY_AUTH_MODE": "token",
+    # Two processes that the driver would wait for, and nobody uses: all of ours have variables of their own.
+    "RAY_prestart_worker_first_driver": "0",
 }
 CONNECT_SECONDS = 5.0
 PROBE_SECONDS = 45.0

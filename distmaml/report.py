@@ -14,7 +14,6 @@ from distmaml import build, paths
 from distmaml.adapter import load
 from distmaml.config import Config, ImageTaskOptions, is_custom, to_json
 from distmaml.files import write_text
-from distmaml.pictures import runs as pictures
 from distmaml.recipes import RECIPES
 from distmaml.scoring import Evaluated, Intervals
 from distmaml.segments import committed_segments, read_points
@@ -136,6 +135,8 @@ def _git(*words: str) -> "subprocess.CompletedProcess[str]":
 
 def draw(config: Config, folder: Path, scores: Intervals | None) -> list[Path]:
     """The run's pictures: learning curve, adaptation curve, and one episode of the test split."""
+    from distmaml.pictures import runs as pictures  # with matplotlib, which workers import this module without
+
     target, title = paths.artifacts(folder), config.run.name or ""
     files = [target / "learning_curve.png"]
     points: dict[str, tuple[list[int], list[float]]] = {}
@@ -160,6 +161,8 @@ def draw(config: Config, folder: Path, scores: Intervals | None) -> list[Path]:
 
 
 def _draw_episode(config: Config, folder: Path, target: Path, title: str) -> Path:
+    from distmaml.pictures import runs as pictures
+
     model, tasks = load(folder), build.task_distributions(config)["test"]
     task = tree_index(tasks.sample([0]), 0)
     adapted = model.adapt(task.support)

@@ -139,26 +139,29 @@ def draining_nodes() -> set[str]:
     return set()
 
 
-def _look_at_nodes() -> None:
-    """Lets Ray look which nodes there are. By itself it does so every 20 s, and would wait for one that is gone."""
-    import ray
+def coordinator() -> Any:
+    """Ray's own actor that knows who wants what of the cluster; where it is not there, it is on its way now."""
     from ray.data._internal.cluster_autoscaler.default_autoscaling_coordinator import (
         get_or_create_autoscaling_coordinator,
     )
 
+    return get_or_create_autoscaling_coordinator()
+
+
+def _look_at_nodes() -> None:
+    """Lets Ray look which nodes there are. By itself it does so every 20 s, and would wait for one that is gone."""
+    import ray
+
     with contextlib.suppress(Exception):  # without it all is as Ray has it
-        ray.get(get_or_create_autoscaling_coordinator().get_reserved_resources.remote("", recompute=True), timeout=5)
+        ray.get(coordinator().get_reserved_resources.remote("", recompute=True), timeout=5)
 
 
 def withdraw_request(run_id: str) -> None:
     """Takes back what a run asked of the cluster; for 180 s Ray would keep it for a run that has been stopped."""
     import ray
-    from ray.data._internal.cluster_autoscaler.default_autoscaling_coordinator import (
-        get_or_create_autoscaling_coordinator,
-    )
 
     with contextlib.suppress(Exception):  # then it is kept
-        ray.get(get_or_create_autoscaling_coordinator().cancel_request.remote(f"train-{run_id}"), timeout=2)
+        ray.get(coordinator().cancel_request.remote(f"train-{run_id}"), timeout=2)
 
 
 # ------------------------------------------------------------------------------------------------ failures

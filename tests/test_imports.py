@@ -131,6 +131,11 @@ def test_the_loop_loads_neither_ray_nor_mlflow_nor_matplotlib() -> None:
     assert not loaded & {"ray", "mlflow", "matplotlib", "plotly"}
 
 
+def test_what_a_worker_imports_with_the_drivers_functions_has_no_pictures() -> None:
+    loaded = loaded_by("import distmaml.driver, distmaml.study")
+    assert not loaded & {"ray", "mlflow", "matplotlib", "plotly", "optuna"}
+
+
 # ------------------------------------------------------------------------------------- the public names
 
 

@@ -3,7 +3,7 @@
 import os
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -47,7 +47,13 @@ def _cluster() -> Iterator[None]:
 
 
 def fit(
-    loop: Any, folder: Path, *, team: tuple[int, int] = (1, 1), max_failures: int = 3, node_timeout: float = 60.0
+    loop: Any,
+    folder: Path,
+    *,
+    team: tuple[int, int] = (1, 1),
+    max_failures: int = 3,
+    node_timeout: float = 60.0,
+    callbacks: Sequence[Any] = (),
 ) -> Any:
     return launch.fit(
         loop,
@@ -59,6 +65,7 @@ def fit(
         max_failures=max_failures,
         collective_timeout=60.0,
         node_timeout=node_timeout,
+        callbacks=callbacks,
     )
 
 
@@ -121,6 +128,20 @@ class TestOnACluster:
     def test_all_workers_run_the_loop_and_rank_0_returns(self, folder: Path) -> None:
         assert fit(add_ranks, folder, team=(2, 2)) == (0, 2, 3.0)
         assert not (folder / "ray").exists()
+
+    def test_ray_trains_controller_imports_nothing_that_the_loop_does(self, tmp_path: Path) -> None:
+        from ray.train.v2._internal.execution.callback import ControllerCallback
+
+        said = tmp_path / "modules"
+
+        class Spy(ControllerCallback):  # type: ignore[misc, unused-ignore]
+            def after_controller_finish(self, result: Any) -> None:
+                import sys
+
+                said.write_text(" ".join(name for name in sys.modules if name.startswith(("distmaml.", "tests."))))
+
+        assert fit(add_ranks, tmp_path, callbacks=[Spy()]) == (0, 1, 1.0)
+        assert set(said.read_text().split()) == {"distmaml.errors", "distmaml.supervisor"}
 
     def test_a_run_on_a_named_cluster_leaves_it_running(
         self, start_job: StartJob, output_dir: Path, tmp_path: Path

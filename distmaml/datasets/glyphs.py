@@ -67,6 +67,7 @@ def build(path: Path, *, data_dir: Path | None, image_size: int, color: bool, do
     def samples() -> Iterator[tuple[str, npt.NDArray[np.uint8]]]:
         for name, faces in tqdm(letters.items(), desc="glyphs", unit=" classes", disable=None):
             yield name, _samples(name, faces, image_size)
+        _bitmap.cache_clear()
 
     return write_store(
         path,
@@ -146,6 +147,7 @@ def _font(face: str) -> ImageFont.FreeTypeFont:
     return ImageFont.truetype(str(_font_path(face)), _EM, layout_engine=ImageFont.Layout.BASIC)
 
 
+@cache  # of all letters, 50 MB, for as long as a store is built: each is asked for twice and more
 def _bitmap(face: str, letter: str) -> Image.Image | None:
     """The undistorted letter, ink 255, cropped to its ink; None if it is blank."""
     font = _font(face)
