@@ -90,9 +90,8 @@ class OuterState(NamedTuple):
 def init_outer(meta_params: MetaParams, options: Outer) -> OuterState:
     """The state before the first outer step."""
     leaves = [leaf.detach().clone() for leaf in tree_leaves(meta_params)]
-    groups: dict[str, Any] = {"lr": options.outer_lr, "weight_decay": options.weight_decay}
-    if leaves[0].is_cuda:
-        groups["fused"] = True  # one kernel
+    # Fused: one loop over all parameters, where the others make a dozen small ones of each.
+    groups: dict[str, Any] = {"lr": options.outer_lr, "weight_decay": options.weight_decay, "fused": True}
     optimizer: torch.optim.Optimizer
     if options.optimizer == "sgd":
         optimizer = torch.optim.SGD(leaves, **groups)
@@ -111,7 +110,8 @@ def outer_step(state: OuterState, meta_grads: MetaParams, step: int, options: Ou
     norm = torch.nn.utils.get_total_norm(grads)
     leaves = tree_leaves(state.meta_params)
     for leaf, gradient in zip(leaves, grads, strict=True):
-        leaf.grad = gradient
+        # Fused optimisers go over memory, and on a CPU they do not look whether a gradient lies as its parameter does.
+        leaf.grad = gradient if gradient.stride() == leaf.stride() else torch.empty_like(leaf).copy_(gradient)
     if options.clip_norm is not None:
         torch.nn.utils.clip_grads_with_norm_(leaves, options.clip_norm, norm)
     for group in state.optimizer.param_groups:

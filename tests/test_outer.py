@@ -85,6 +85,16 @@ def test_adam_by_hand_over_two_steps() -> None:
     assert state.meta_params["x"].item() == pytest.approx(x, rel=1e-12)
 
 
+@pytest.mark.parametrize("optimizer", ["sgd", "adam", "adamw"])
+def test_a_gradient_may_lie_otherwise_in_memory_than_its_parameter(optimizer: Any) -> None:
+    theta = {"w": torch.arange(6.0, dtype=torch.float64).view(2, 3)}
+    gradient = torch.randn(2, 3, dtype=torch.float64)
+    state, other = (init_outer(theta, Outer(optimizer=optimizer, outer_lr=0.1)) for _ in range(2))
+    outer_step(state, {"w": gradient}, 0, Outer(optimizer=optimizer, outer_lr=0.1))
+    outer_step(other, {"w": gradient.t().contiguous().t()}, 0, Outer(optimizer=optimizer, outer_lr=0.1))
+    assert torch.equal(state.meta_params["w"], other.meta_params["w"])
+
+
 def test_the_parameters_handed_in_stay_as_they_are() -> None:
     options = Outer(optimizer="sgd", outer_lr=1.0)
     outer_step(init_outer(THETA, options), GRADS, 0, options)
