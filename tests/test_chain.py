@@ -12,15 +12,17 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from distmaml import kernels
+from distmaml import kernels, loop, paths
 from distmaml.algorithms.maml import fomaml, maml
 from distmaml.chain import Block, ChainLoss, chain_of
-from distmaml.config import Outer
+from distmaml.config import Outer, override
 from distmaml.engine import Engine
 from distmaml.episodes import Batch, Episode
 from distmaml.models.conv4 import Conv4
 from distmaml.objectives import Objective, classification, initial_params, objective
 from distmaml.outer import chunk_sum, init_outer, outer_step
+from distmaml.recipes import glyphs_maml_5w1s
+from distmaml.worker import LocalWorker
 from tests import oracles
 
 BATCH_NORM: dict[str, Any] = {"track_running_stats": False}
@@ -174,6 +176,28 @@ def test_inputs_and_parameters_are_left_alone() -> None:
     assert all(torch.equal(before[0][name], p) for name, p in theta.items())
     assert torch.equal(before[1], tasks.support.inputs)
     assert torch.equal(before[2], tasks.query.inputs)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_training_by_hand_ends_where_that_by_torch_does(
+    seed: int, output_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In float32 the two part in their last bits and then ever more; what they learn stays within both intervals."""
+    found = []
+    for name in ("by_hand", "by_torch"):
+        config = override(
+            glyphs_maml_5w1s(),
+            {"name": name, "output_dir": output_dir, "seed": seed, "num_filters": 16, "num_outer_steps": 150,
+             "val_every": 0, "num_test_episodes": 200, "inductive": False},
+        )  # fmt: skip
+        paths.checkpoints(paths.run_folder(config)).mkdir(parents=True)
+        loop.train(config, LocalWorker())
+        found.append(loop.evaluate(config, LocalWorker()).scores["transductive"]["query_accuracy"][-1])
+        monkeypatch.setattr("distmaml.objectives.chain_of", lambda model: None)
+    by_hand, by_torch = found
+    assert by_hand.mean > 0.6
+    assert abs(by_hand.mean - by_torch.mean) < by_hand.half_width + by_torch.half_width
 
 
 # ------------------------------------------------------------------------------------------------ recognition
