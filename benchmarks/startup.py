@@ -31,6 +31,8 @@ from typing import Annotated, Any, NamedTuple
 import psutil
 import tyro
 
+from benchmarks import machine
+
 ROOT = Path(__file__).parents[1]
 COMMAND = (
     sys.executable, "jobs/train.py", "glyphs-maml-5w1s", "--num-outer-steps", "100000", "--val-every", "0",
@@ -234,6 +236,8 @@ def main(
             try:
                 for case in (case for case in cases if cases[case] == n):
                     found = start(n, output_dir, clocked=clocked)
+                    with_clock = "" if clocked else ", without the clock"
+                    sys.stderr.write(f"round {number}: {case}{with_clock}: {found.seen:.1f} s\n")
                     if number:
                         starts[clocked][case].append(found)
             finally:
@@ -243,7 +247,7 @@ def main(
         record = {
             "clocked": {case: [_as_json(found) for found in each] for case, each in starts[True].items()},
             "bare": {case: [_as_json(found) for found in each] for case, each in starts[False].items()},
-            "cores": os.cpu_count(),
+            "machine": machine.description(),
         }
         result.write_text(json.dumps(record, indent=2) + "\n")
 
