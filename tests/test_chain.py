@@ -14,7 +14,8 @@ from torch.nn import functional as F
 
 from distmaml import kernels, loop, paths
 from distmaml.algorithms.maml import fomaml, maml
-from distmaml.chain import Block, ChainLoss, chain_of
+from distmaml.chain import Block, chain_of
+from distmaml.chain_loss import ChainLoss
 from distmaml.config import Outer, override
 from distmaml.engine import Engine
 from distmaml.episodes import Batch, Episode

@@ -18,7 +18,7 @@ LAYERS = [
     ["remote"],
     ["episodes", "inner", "journal", "models", "segments", "worker"],
     ["chain", "engine", "store"],
-    ["objectives"],
+    ["chain_loss", "objectives"],
     ["algorithms", "datasets"],
     ["config"],
     ["limits"],

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.func import vjp
 
 from distmaml.algorithms import Algorithm
-from distmaml.chain import ChainLoss
+from distmaml.chain_loss import ChainLoss
 from distmaml.episodes import Batch, Episode, fold_in
 from distmaml.errors import ConfigError
 from distmaml.inner import (
