@@ -7,8 +7,20 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from distmaml.adapter import AdaptedModel, FewShotModel, load
-    from distmaml.algorithms import Algorithm
-    from distmaml.algorithms.maml import anil, fomaml, maml
+    from distmaml.algorithms import Algorithm, Stateful
+    from distmaml.algorithms.anil import anil
+    from distmaml.algorithms.boil import boil
+    from distmaml.algorithms.cavia import cavia
+    from distmaml.algorithms.fine_tuning import fine_tuning
+    from distmaml.algorithms.imaml import imaml
+    from distmaml.algorithms.maml import fomaml, maml
+    from distmaml.algorithms.maml_plus_plus import maml_plus_plus
+    from distmaml.algorithms.meta_curvature import meta_curvature
+    from distmaml.algorithms.meta_lstm import meta_lstm
+    from distmaml.algorithms.meta_sgd import meta_sgd
+    from distmaml.algorithms.metric import matching_networks, prototypical_networks
+    from distmaml.algorithms.proto_maml import proto_maml
+    from distmaml.algorithms.reptile import reptile
     from distmaml.config import Config, override
     from distmaml.episodes import Batch, Episode, TaskBatch, TaskDistribution
     from distmaml.errors import DistmamlError
@@ -25,8 +37,20 @@ if TYPE_CHECKING:
 
 _MODULES: dict[str, tuple[str, ...]] = {
     "adapter": ("AdaptedModel", "FewShotModel", "load"),
-    "algorithms": ("Algorithm",),
-    "algorithms.maml": ("anil", "fomaml", "maml"),
+    "algorithms": ("Algorithm", "Stateful"),
+    "algorithms.anil": ("anil",),
+    "algorithms.boil": ("boil",),
+    "algorithms.cavia": ("cavia",),
+    "algorithms.fine_tuning": ("fine_tuning",),
+    "algorithms.imaml": ("imaml",),
+    "algorithms.maml": ("fomaml", "maml"),
+    "algorithms.maml_plus_plus": ("maml_plus_plus",),
+    "algorithms.meta_curvature": ("meta_curvature",),
+    "algorithms.meta_lstm": ("meta_lstm",),
+    "algorithms.meta_sgd": ("meta_sgd",),
+    "algorithms.metric": ("matching_networks", "prototypical_networks"),
+    "algorithms.proto_maml": ("proto_maml",),
+    "algorithms.reptile": ("reptile",),
     "config": ("Config", "override"),
     "episodes": ("Batch", "Episode", "TaskBatch", "TaskDistribution"),
     "errors": ("DistmamlError",),
@@ -43,8 +67,10 @@ _MODULES: dict[str, tuple[str, ...]] = {
 _HOMES: dict[str, str] = {name: module for module, names in _MODULES.items() for name in names}
 
 __all__ = [  # noqa: RUF022 (in the order of the modules)
-    "AdaptedModel", "FewShotModel", "load", "Algorithm", "anil", "fomaml", "maml", "Config", "override", "Batch",
-    "Episode", "TaskBatch", "TaskDistribution", "DistmamlError", "check", "evaluate", "train", "Moment",
+    "AdaptedModel", "FewShotModel", "load", "Algorithm", "Stateful", "anil", "boil", "cavia", "fine_tuning", "imaml",
+    "fomaml", "maml", "maml_plus_plus", "meta_curvature", "meta_lstm", "meta_sgd", "matching_networks",
+    "prototypical_networks", "proto_maml", "reptile", "Config", "override", "Batch", "Episode", "TaskBatch",
+    "TaskDistribution", "DistmamlError", "check", "evaluate", "train", "Moment",
     "Objective", "classification", "initial_params", "objective", "regression", "meta_gradient", "RECIPES",
     "interval", "score", "open_store", "write_store", "LocalWorker", "Worker", "__version__",
 ]  # fmt: skip

@@ -15,13 +15,14 @@ from torch import Tensor, nn
 
 from distmaml import build, checkpoint, paths
 from distmaml.algorithms import Algorithm
-from distmaml.config import Config, ImageTaskOptions, from_json, is_custom
+from distmaml.config import Config, from_json, is_custom
 from distmaml.datasets.images import read_image
 from distmaml.episodes import Batch
 from distmaml.errors import CheckpointError, ConfigError, DataError, first_line
 from distmaml.files import absolute
 from distmaml.limits import check
 from distmaml.objectives import Objective
+from distmaml.options import ImageTaskOptions
 from distmaml.outer import load_meta_params
 from distmaml.scoring import predict_one_by_one
 
@@ -187,7 +188,8 @@ def load(
         check(config)
     except ConfigError as error:
         raise CheckpointError(f"{file} is no model that this version can read: {error}") from None
-    shapes = build.Shapes(tuple(document["shapes"]["input_shape"]), document["shapes"]["num_outputs"])
+    sizes = document["shapes"]
+    shapes = build.Shapes(tuple(sizes["input_shape"]), sizes["num_outputs"], sizes.get("num_classes"))
     if isinstance(config.task_options, ImageTaskOptions) and len(shapes.input_shape) != 3:
         raise CheckpointError(
             f"{file} is no model of images: its inputs have the shape {list(shapes.input_shape)[:9]}."

@@ -15,13 +15,14 @@ from torch import nn
 
 from distmaml import paths
 from distmaml.algorithms import ALGORITHMS, Algorithm, MetaParams
-from distmaml.config import Config, ImageTaskOptions, is_custom, is_store
+from distmaml.config import Config, is_custom, is_store
 from distmaml.datasets import ensure_store
 from distmaml.episodes import TaskDistribution
 from distmaml.errors import ConfigError, first_line, unknown
 from distmaml.files import write_text
 from distmaml.models import MODELS
 from distmaml.objectives import Objective, initial_params
+from distmaml.options import ImageTaskOptions
 from distmaml.splits import SAMPLES, SPLITS
 from distmaml.store import ClassStore, open_store
 from distmaml.tasks import TASKS
@@ -59,15 +60,18 @@ class Shapes(NamedTuple):
     """Shape of one input."""
     num_outputs: int
     """Ways of a classification, values of a regression target."""
+    num_classes: int | None = None
+    """Classes of the split that is trained on; None for tasks without classes."""
 
 
 def shapes(tasks: TaskDistribution) -> Shapes:
     """The shapes of a distribution, read off its first tasks. Inputs that are no single tensor have none."""
-    support, query, _ = tasks.sample(range(16))  # one task need not have every label
+    support, query, *_ = tasks.sample(range(16))  # one task need not have every label
     inputs, targets = support.inputs, support.targets
     largest = max(int(targets.max()), int(query.targets.max()))
     num_outputs = targets.shape[-1] if targets.is_floating_point() else largest + 1
-    return Shapes(tuple(inputs.shape[2:]) if isinstance(inputs, torch.Tensor) else (), num_outputs)
+    input_shape = tuple(inputs.shape[2:]) if isinstance(inputs, torch.Tensor) else ()
+    return Shapes(input_shape, num_outputs, getattr(tasks, "num_classes", None))
 
 
 def learner(
@@ -93,7 +97,10 @@ def learner(
     objective = resolve("objective", config.objective, OBJECTIVES) if objective is None else objective
     algorithm = resolve("algorithm", config.algorithm, ALGORITHMS) if algorithm is None else algorithm
     target = objective(module)
-    learned = algorithm(target, **_arguments(config.algorithm, config.algorithm_options))
+    arguments = _arguments(config.algorithm, config.algorithm_options)
+    if "num_classes" in arguments and arguments["num_classes"] is None:
+        arguments["num_classes"] = shapes.num_classes
+    learned = algorithm(target, **arguments)
     convolves = any(isinstance(layer, nn.modules.conv._ConvNd) for layer in module.modules())
     meta_params = learned.init(initial_params(module), generator)
     return Learner(learned, target, meta_params, vectorize=device.type != "cpu" or not convolves)
@@ -243,7 +250,8 @@ def set_products(precision: str) -> None:
 def _module(config: Config, shapes: Shapes) -> nn.Module:
     factory = resolve("model", config.model, MODELS)
     arguments = _arguments(config.model, config.model_options)
-    module = factory(**arguments) if is_custom(config.model) else factory(*shapes, **arguments)
+    sizes = () if is_custom(config.model) else (shapes.input_shape, shapes.num_outputs)
+    module = factory(*sizes, **arguments)
     if not isinstance(module, nn.Module):
         raise ConfigError(f"model={config.model!r} returned a {type(module).__name__}, not a torch.nn.Module.")
     return module

@@ -19,6 +19,7 @@ from torch.nn import functional as F
 from distmaml import kernels
 from distmaml.chain import Block, Chain
 from distmaml.inner import Linearization, Metrics, Params
+from distmaml.trees import Tree
 
 MAX_EXPANSION = 3.0
 """How many times larger than the maps the matrix of patches may be for a convolution to become a matrix product."""
@@ -39,13 +40,15 @@ class ChainLoss:
         self._maps = inputs.permute(0, 2, 3, 1).contiguous()
         self._first: Tensor | None = None  # what the first convolution looks at, the same at every inner step
 
-    def gradient_and_value(self, params: Params) -> tuple[Params, tuple[Tensor, Metrics]]:
-        """The gradient, and what `loss` returns."""
+    def gradient_and_value(
+        self, params: Params, context: Tree = (), inner_step: int = 0
+    ) -> tuple[Params, tuple[Tensor, Metrics]]:
+        """The gradient, and what `loss` returns; it depends on no context."""
         here = self._forward(params)
         return self._backward(params, here), here.returned
 
-    def linearize(self, params: Params) -> Linearization:
-        """The gradient, and the Hessian's products with vectors; there is no context."""
+    def linearize(self, params: Params, context: Tree = (), inner_step: int = 0) -> Linearization:
+        """The gradient, and the Hessian's products with vectors."""
         here = self._forward(params, twice=True)
         grads = self._backward(params, here, twice=True)
         return Linearization(grads, lambda vector: (self._tangent(params, here, vector), ()))

@@ -106,7 +106,9 @@ def _is_count(value: Any) -> bool:
 def _is_shapes(value: Any) -> bool:
     if not isinstance(value, dict) or not isinstance(value.get("input_shape"), list):
         return False
-    return all(_is_count(size) and size > 0 for size in [*value["input_shape"], value.get("num_outputs")])
+    sizes = [*value["input_shape"], value.get("num_outputs")]
+    sizes += [value["num_classes"]] if value.get("num_classes") is not None else []
+    return all(_is_count(size) and size > 0 for size in sizes)
 
 
 def _is_dataset(value: Any) -> bool:

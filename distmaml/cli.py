@@ -11,9 +11,10 @@ from typing import Any
 import tyro
 
 from distmaml import paths
-from distmaml.config import OPTIONS, Config, override, read
+from distmaml.config import Config, override, read
 from distmaml.errors import ConfigError, DistmamlError, unknown
 from distmaml.interrupt import EXIT_STATUS
+from distmaml.options import OPTIONS
 from distmaml.recipes import RECIPES
 from distmaml.space import Search
 

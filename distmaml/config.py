@@ -16,120 +16,18 @@ import typing
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, TypeAlias
+from typing import Any, Literal
 
 from distmaml.errors import ConfigError, first_line, unknown
-
-Scalar: TypeAlias = int | float | bool | str  # the command line takes the first that fits
-
-
-# ------------------------------------------------------------------------------------------ algorithms
-
-
-@dataclass(frozen=True)
-class InnerLoop:
-    """Gradient descent on the support set: maml, fomaml, anil."""
-
-    inner_lr: float = 0.01
-    """Step size of the inner loop, on the mean loss over the support set. Papers that sum the loss over ways
-    (cbfinn/maml) name a rate that is num_ways times smaller for the same step."""
-    num_inner_steps: int = 5
-    """Inner steps in training, 1 or more."""
-
-
-@dataclass(frozen=True)
-class CustomAlgorithm:
-    """Options of an algorithm named as package.module:attribute."""
-
-    algorithm_arguments: dict[str, Scalar] = field(default_factory=dict)
-    """Keyword arguments that the named factory gets beside the objective."""
-
-
-# ---------------------------------------------------------------------------------------------- models
-
-
-@dataclass(frozen=True)
-class Conv4Options:
-    """Four 3x3 convolutions with batch norm on batch statistics and ReLU (Vinyals et al., 2016)."""
-
-    num_filters: int = 64
-    """Channels of each convolution. 64 for Omniglot; 32 for mini-ImageNet in the MAML paper."""
-    downsample: Literal["stride", "pool"] = "stride"
-    """Halve the image by stride 2 (Omniglot) or by 2x2 max-pooling (mini-ImageNet)."""
-
-
-@dataclass(frozen=True)
-class MlpOptions:
-    """Fully connected layers with ReLU."""
-
-    hidden_sizes: tuple[int, ...] = (40, 40)
-    """Width of each hidden layer. 40 40 is the sinusoid network of the MAML paper."""
-
-
-@dataclass(frozen=True)
-class CustomModel:
-    """Options of a model named as package.module:attribute."""
-
-    model_arguments: dict[str, Scalar] = field(default_factory=dict)
-    """Keyword arguments of the named factory, which returns an nn.Module."""
-
-
-# ----------------------------------------------------------------------------------------------- tasks
-
-
-@dataclass(frozen=True)
-class ImageTaskOptions:
-    """N-way K-shot episodes over a class store."""
-
-    dataset: str = "glyphs"
-    """glyphs (embedded), omniglot, image_folder, package.module:attribute, or a ready store: a path or URI that ends in
-    .arrow (s3://bucket/omniglot-28.arrow)."""
-    data_dir: Path | None = None
-    """Folder with the raw files of the data set. Not needed for glyphs; Omniglot is downloaded without it."""
-    image_size: int = 28
-    """Height and width to which every image is resized, in pixels."""
-    color: bool = False
-    """Read images as RGB (3 channels) rather than grey (1 channel). Only image_folder has colors."""
-    split: str = "default"
-    """Which of the store's named class splits to use; omniglot has `maml` and `alphabets`."""
-    split_by: Literal["classes", "samples"] = "classes"
-    """classes: train, val and test have disjoint classes. samples: the same classes with disjoint pictures, for data
-    sets with too few classes to divide (cats and dogs)."""
-    num_ways: int = 5
-    """Classes in an episode."""
-    num_shots: int = 1
-    """Support images a class."""
-    num_queries: int = 15
-    """Query images a class in training."""
-    num_eval_queries: int = 15
-    """Query images a class in validation and test."""
-    rotations: Literal["none", "train", "all"] = "none"
-    """Rotations by 90, 180 and 270 degrees make new classes: in no split, in training only, or in all three. A
-    class's rotations stay in its own split."""
-
-
-@dataclass(frozen=True)
-class SinusoidOptions:
-    """y = amplitude * sin(x - phase): amplitude in [0.1, 5], phase in [0, pi], x in [-5, 5] (Finn et al., 2017)."""
-
-    num_shots: int = 5
-    """Support points a task."""
-    num_queries: int = 10
-    """Query points a task in training."""
-    num_eval_queries: int = 100
-    """Query points a task in validation and test."""
-
-
-@dataclass(frozen=True)
-class CustomTasks:
-    """Options of a task distribution named as package.module:attribute."""
-
-    task_arguments: dict[str, Scalar] = field(default_factory=dict)
-    """Keyword arguments that the named factory gets beside split and seed. One named num_eval_queries takes the place
-    of num_queries in validation and test."""
-
-
-# ------------------------------------------------------------------------------------ the rest of a run
+from distmaml.options import (
+    OPTIONS,
+    AlgorithmOptions,
+    Conv4Options,
+    ImageTaskOptions,
+    InnerLoop,
+    ModelOptions,
+    TaskOptions,
+)
 
 
 @dataclass(frozen=True)
@@ -255,18 +153,6 @@ class Cluster:
         return int(least), int(most or least)
 
 
-AlgorithmOptions: TypeAlias = InnerLoop | CustomAlgorithm
-ModelOptions: TypeAlias = Conv4Options | MlpOptions | CustomModel
-TaskOptions: TypeAlias = ImageTaskOptions | SinusoidOptions | CustomTasks
-
-OPTIONS: dict[str, tuple[dict[str, type], type]] = {
-    "algorithm": ({"maml": InnerLoop, "fomaml": InnerLoop, "anil": InnerLoop}, CustomAlgorithm),
-    "model": ({"conv4": Conv4Options, "mlp": MlpOptions}, CustomModel),
-    "tasks": ({"images": ImageTaskOptions, "sinusoid": SinusoidOptions}, CustomTasks),
-}
-"""For each selector: the dataclass of each name's options, and the one for a user's own."""
-
-
 @dataclass(frozen=True)
 class Config:
     """A complete run. `recipes.py` has ready ones."""
@@ -274,18 +160,19 @@ class Config:
     recipe: str = "custom"
     """Name of the recipe this configuration started from."""
     algorithm: str = "maml"
-    """maml, fomaml, anil, or package.module:attribute."""
-    algorithm_options: AlgorithmOptions = InnerLoop()
-    """Options of the algorithm."""
+    """maml, fomaml, anil, boil, reptile, meta_sgd, maml_plus_plus, imaml, cavia, meta_curvature, proto_maml, meta_lstm,
+    prototypical_networks, matching_networks, fine_tuning, or package.module:attribute."""
+    algorithm_options: AlgorithmOptions = field(default_factory=InnerLoop)
+    """Options of the algorithm (options.py); likewise of model and tasks."""
     model: str = "conv4"
     """conv4, mlp, or package.module:attribute."""
-    model_options: ModelOptions = Conv4Options()
+    model_options: ModelOptions = field(default_factory=Conv4Options)
     """Options of the model."""
     objective: str = "classification"
     """classification, regression, or package.module:attribute."""
     tasks: str = "images"
     """images, sinusoid, or package.module:attribute."""
-    task_options: TaskOptions = ImageTaskOptions()
+    task_options: TaskOptions = field(default_factory=ImageTaskOptions)
     """Options of the task distribution."""
     outer: Outer = Outer()
     """The outer loop."""

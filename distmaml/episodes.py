@@ -27,11 +27,14 @@ class Episode(NamedTuple):
       support: what the inner loop sees, a `Batch`.
       query: what the adapted parameters are judged on, a `Batch` that shares no sample with `support`.
       key: int64 scalar, the task's own random stream; None where nothing may be random.
+      classes: int64 ``[num_ways]``, for each label the number of its class among all of the split's, for algorithms
+        that train on all classes at once; None for tasks that have no classes.
     """
 
     support: Tree
     query: Tree
     key: Tensor | None = None
+    classes: Tensor | None = None
 
 
 TaskBatch: TypeAlias = Episode

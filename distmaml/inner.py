@@ -10,7 +10,8 @@ Notation, as in Finn et al. (2017):
     context  what the support loss depends on but no inner step moves
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any, Literal, NamedTuple, Protocol, TypeAlias
@@ -52,6 +53,21 @@ def sgd(inner_lr: float) -> UpdateRule:
         rule_params: Tree, params: Params, grads: Params | None, k: int, adjoint: Params
     ) -> tuple[Tree, Params, Params]:
         return (), adjoint, tree_map(lambda entry: -inner_lr * entry, adjoint)
+
+    return UpdateRule(step, pull_back, needs_grads=False)
+
+
+def sgd_by_name(rate_of: Callable[[str], float]) -> UpdateRule:
+    """`sgd` with a rate for each parameter; 0 leaves it where it is."""
+
+    def step(rule_params: Tree, params: Params, grads: Params, k: int) -> Params:
+        rates = {name: rate_of(name) for name in params}
+        return {n: torch.sub(p, grads[n], alpha=rates[n]) if rates[n] else p for n, p in params.items()}
+
+    def pull_back(
+        rule_params: Tree, params: Params, grads: Params | None, k: int, adjoint: Params
+    ) -> tuple[Tree, Params, Params]:
+        return (), adjoint, {name: -rate_of(name) * entry for name, entry in adjoint.items()}
 
     return UpdateRule(step, pull_back, needs_grads=False)
 
@@ -99,43 +115,61 @@ class ExplicitLoss(Protocol):
     """A support or query loss that brings its own derivatives, in the place of a function that is differentiated.
 
     Attributes:
-      gradient_and_value: ``params -> (gradient, (value, metrics))``.
-      linearize: ``params -> Linearization``, with no context.
+      gradient_and_value: ``(params, context, inner_step) -> (gradient, (value, metrics))``.
+      linearize: ``(params, context, inner_step) -> Linearization``.
     """
 
-    def gradient_and_value(self, params: Params) -> tuple[Params, tuple[Tensor, Metrics]]: ...
-    def linearize(self, params: Params) -> Linearization: ...
+    def gradient_and_value(
+        self, params: Params, context: Tree = (), inner_step: int = 0
+    ) -> tuple[Params, tuple[Tensor, Metrics]]: ...
+    def linearize(self, params: Params, context: Tree = (), inner_step: int = 0) -> Linearization: ...
 
 
 def descend(
     loss_fn: LossFn, params: Params, *, rule: UpdateRule, num_steps: int, rule_params: Tree = (), context: Tree = ()
 ) -> list[Params]:
     """Runs `num_steps` inner steps; returns ``[phi_0, ..., phi_K]``."""
-    trajectory = [params]
+    return list(walk(loss_fn, params, rule=rule, num_steps=num_steps, rule_params=rule_params, context=context))
+
+
+def walk(
+    loss_fn: LossFn, params: Params, *, rule: UpdateRule, num_steps: int, rule_params: Tree = (), context: Tree = ()
+) -> Iterator[Params]:
+    """`descend`, one after the other, for those who need not keep them."""
+    yield params
     for k in range(num_steps):
-        grads = gradient(loss_fn, trajectory[-1], context, k)
-        trajectory.append(rule.step(rule_params, trajectory[-1], grads, k))
-    return trajectory
+        grads = gradient(loss_fn, params, context, k)
+        params = rule.step(rule_params, params, grads, k)
+        yield params
+
+
+def last(states: Iterable[Any]) -> Any:
+    """The last of some states, those before it let go."""
+    return deque(states, maxlen=1).pop()
 
 
 def descend_vjp(
     loss_fn: LossFn, params: Params, *, rule: UpdateRule, num_steps: int, rule_params: Tree = (), context: Tree = (),
-    num_kept: int = 1,
+    num_kept: int = 1, first_order: bool = False,
 ) -> tuple[list[Params], Callable[[Sequence[Params | None]], Cotangents]]:  # fmt: skip
     """`descend`, and its `pull_back` as a function of the cotangents alone.
 
     Reverse over reverse, the pass that gives the gradient of an inner step also begins its derivative. That of the
     last `num_kept` steps is kept for `pull_back`, and these steps cost what they do in unrolled autodiff; their
     activations live until it has used them. Those of the steps before are computed again.
+
+    Args:
+      first_order: take the inner gradients for constants. An approximation: `pull_back` then knows the rule alone.
     """
     options: dict[str, Tree] = {"rule_params": rule_params, "context": context}
     first_kept = num_steps if _hvp_mode.get() == "forward" else max(num_steps - num_kept, 0)
+    first_kept = 0 if first_order else first_kept
     trajectory = descend(loss_fn, params, rule=rule, num_steps=first_kept, **options)
     kept: dict[int, Linearization] = {}
     for k in range(first_kept, num_steps):
-        kept[k] = linearize(loss_fn, trajectory[-1], context, k)
+        kept[k] = (_constant if first_order else linearize)(loss_fn, trajectory[-1], context, k)
         grads = kept[k].grads
-        assert grads is not None  # reverse mode computes them anyway
+        assert grads is not None  # both compute them anyway
         trajectory.append(rule.step(rule_params, trajectory[-1], grads, k))
     return trajectory, lambda cotangents: pull_back(loss_fn, trajectory, cotangents, rule=rule, kept=kept, **options)
 
@@ -226,12 +260,13 @@ def on_one_graph() -> bool:
 def gradient(loss_fn: "Callable[..., Tensor] | ExplicitLoss", params: Params, *arguments: Any) -> Params:
     """The gradient of ``loss_fn(params, *arguments)`` with respect to `params`."""
     if not callable(loss_fn):
-        return loss_fn.gradient_and_value(params)[0]
-    return gradient_and_value(lambda params: (loss_fn(params, *arguments), ()), params)[0]
+        return loss_fn.gradient_and_value(params, *arguments)[0]
+    grads: Params = gradient_and_value(lambda params: (loss_fn(params, *arguments), ()), params)[0]
+    return grads
 
 
-def gradient_and_value(loss_fn: Callable[[Params], tuple[Tensor, Any]], params: Params) -> tuple[Params, Any]:
-    """The gradient of the first thing that `loss_fn` returns, and both things."""
+def gradient_and_value(loss_fn: Callable[[Any], tuple[Tensor, Any]], params: Tree) -> tuple[Any, Any]:
+    """The gradient of the first thing that `loss_fn` returns, shaped like `params`, and both things."""
     if _hvp_mode.get() != "graph":
         grads, returned = func.grad_and_value(loss_fn, has_aux=True)(params)
         return grads, returned
@@ -246,7 +281,7 @@ def linearize(
 ) -> Linearization:
     """The gradient of the support loss with respect to `params`, and its derivative, at one point."""
     if not callable(loss_fn):
-        return loss_fn.linearize(params)
+        return loss_fn.linearize(params, context, inner_step)
     if _hvp_mode.get() == "graph":
         with torch.enable_grad():
             params, context = _leaves((params, context))
@@ -271,6 +306,12 @@ def linearize(
         return tangent if isinstance(argnums, tuple) else (tangent, context)
 
     return Linearization(func.grad(loss_fn)(params, context, inner_step) if needs_grads else None, pull)
+
+
+def _constant(loss_fn: LossFn, params: Params, context: Tree, inner_step: int) -> Linearization:
+    """The gradient of the support loss as if it did not change."""
+    zeros = tree_map(torch.zeros_like, (params, context))
+    return Linearization(gradient(loss_fn, params, context, inner_step), lambda vector: zeros)
 
 
 def _leaves(tree: Tree) -> Tree:

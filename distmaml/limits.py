@@ -3,17 +3,23 @@
 import math
 import re
 
-from distmaml.config import OPTIONS, Config, flatten, is_custom
+from distmaml.config import Config, flatten, is_custom
 from distmaml.errors import ConfigError, unknown
+from distmaml.options import OPTIONS
 
 POSITIVE = {
     "num_inner_steps", "num_filters", "image_size", "num_ways", "num_shots", "num_queries", "num_eval_queries",
     "num_outer_steps", "meta_batch_size", "reduction_chunk", "num_eval_steps", "log_every", "checkpoint_every",
-    "num_val_episodes", "patience",
+    "num_val_episodes", "patience", "inner_batch_size", "num_cg_steps", "num_context", "hidden_size", "num_classes",
 }  # fmt: skip
-NOT_NEGATIVE = {"val_every", "num_test_episodes", "weight_decay", "max_failures", "seed"}
+NOT_NEGATIVE = {
+    "val_every", "num_test_episodes", "weight_decay", "max_failures", "seed", "annealing_steps", "first_order_steps",
+    "body_lr",
+}  # fmt: skip
 MOST_INNER_STEPS = 10_000
-POSITIVE_RATES = {"inner_lr", "outer_lr", "clip_norm", "gpus_per_worker", "collective_timeout", "node_timeout"}
+POSITIVE_RATES = {
+    "inner_lr", "outer_lr", "clip_norm", "gpus_per_worker", "collective_timeout", "node_timeout", "regularization",
+}  # fmt: skip
 
 
 def check(config: Config) -> None:

@@ -140,13 +140,15 @@ def _score(
     inductive: bool,
 ) -> Intervals:
     """Scores on the first episodes of a split, which are always the same ones."""
-    num_episodes, steps = config.evaluation.num_episodes(split), config.evaluation.num_eval_steps
-    dtype = getattr(torch, config.outer.dtype)
+    num_episodes = config.evaluation.num_episodes(split)
+    steps = config.evaluation.num_eval_steps if learner.algorithm.descends else 0
     keys = [(mode, f"query_{name}") for mode in ("transductive", *(["inductive"] if inductive else []))
             for name in ("loss", *learner.objective.metrics)]  # fmt: skip
-    table = torch.zeros(num_episodes, len(keys), steps + 1, dtype=dtype, device=worker.device)
+    table = torch.zeros(
+        num_episodes, len(keys), steps + 1, dtype=getattr(torch, config.outer.dtype), device=worker.device
+    )
     for _, positions in shard(num_episodes, EVALUATION_CHUNK, worker.rank, worker.world_size):
-        batch = tree_to(tasks[split].sample(positions), worker.device, dtype)
+        batch = tree_to(tasks[split].sample(positions), worker.device, table.dtype)
         found = score(learner.algorithm, learner.objective, meta_params, batch, num_steps=steps, inductive=inductive,
                       vectorize=learner.vectorize)  # fmt: skip
         for column, (mode, metric) in enumerate(keys):

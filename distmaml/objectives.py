@@ -5,9 +5,9 @@ arguments, random masks come from the episode's key, and modules that keep state
 """
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 import torch.nn.functional as F
@@ -35,25 +35,34 @@ class Moment(NamedTuple):
     key: Tensor | None
 
 
+Hook: TypeAlias = Callable[[nn.Module, tuple[Any, ...], Any], Any]
+"""``(submodule, its arguments, its output) -> another output, or None to leave it``, as torch's forward hooks."""
+
+
 class Objective(NamedTuple):
     """A model seen as pure functions of its parameters, and its loss.
 
     Attributes:
       predict: ``(params, inputs, moment) -> outputs``: logits, values.
+      predict_hooked: ``(params, inputs, moment, hooks) -> outputs``: likewise, with hooks on submodules by their names,
+        for this call alone; for algorithms that look at a layer, or change what it says.
       loss: ``(outputs, targets) -> (scalar mean loss, metrics)``.
       features: ``(params, inputs, moment) -> what the head gets``, for algorithms that treat the head apart.
       apply_head: ``(params, features, moment) -> outputs``; ``predict`` is one after the other.
       head: name of the last layer; its parameters start with ``head + "."``.
       metrics: names of the metrics that `loss` returns beside the loss.
+      model: the module, to see what it is made of.
       chain: the model as one whose derivatives are known, if it is; they are used where that is faster.
     """
 
     predict: Callable[[Params, Tree, Moment], Any]
+    predict_hooked: Callable[[Params, Tree, Moment, Mapping[str, Hook]], Any]
     loss: Callable[[Any, Any], tuple[Tensor, Metrics]]
     features: Callable[[Params, Tree, Moment], Tensor]
     apply_head: Callable[[Params, Tensor, Moment], Any]
     head: str
     metrics: tuple[str, ...]
+    model: nn.Module
     chain: Chain | None = None
 
 
@@ -136,14 +145,18 @@ def objective(
     def predict(params: Params, inputs: Tree, moment: Moment) -> Any:
         return call(params, _arguments(inputs), moment)
 
+    def predict_hooked(params: Params, inputs: Tree, moment: Moment, hooks: Mapping[str, Hook]) -> Any:
+        module = deterministic if moment.key is None else training
+        with ExitStack() as stack:
+            for name, hook in hooks.items():
+                stack.callback(module.get_submodule(name).register_forward_hook(hook).remove)
+            return call(params, _arguments(inputs), moment)
+
     def features(params: Params, inputs: Tree, moment: Moment) -> Tensor:
         seen: list[tuple[Any, Any]] = []
-        module = deterministic if moment.key is None else training
-        hook = module.get_submodule(head).register_forward_hook(lambda _, args, output: seen.append((args, output)))
-        try:
-            outputs = call(params, _arguments(inputs), moment)
-        finally:
-            hook.remove()
+        outputs = predict_hooked(
+            params, inputs, moment, {head: lambda _, arguments, output: seen.append((arguments, output))}
+        )
         if len(seen) != 1 or len(seen[0][0]) != 1 or seen[0][1] is not outputs:
             raise ConfigError(
                 f"{type(model).__name__}.forward does not end in its head {head!r}, so head and body cannot be treated "
@@ -155,7 +168,7 @@ def objective(
     def apply_head(params: Params, features: Tensor, moment: Moment) -> Any:
         return call(params, (features,), moment, head)
 
-    return Objective(predict, loss, features, apply_head, head, metrics, chain_of(model))
+    return Objective(predict, predict_hooked, loss, features, apply_head, head, metrics, deterministic, chain_of(model))
 
 
 def initial_params(model: nn.Module) -> Params:

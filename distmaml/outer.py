@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from distmaml.algorithms import Algorithm, MetaParams
+from distmaml.algorithms import Algorithm, MetaParams, Stateful, learned_part
 from distmaml.config import Outer
 from distmaml.engine import sum_over_tasks
 from distmaml.episodes import TaskBatch
@@ -79,8 +79,8 @@ class OuterState(NamedTuple):
     """What an outer step changes.
 
     Attributes:
-      meta_params: learned; updated in place, always: a GPU's recorded work reads them where they are.
-      optimizer: torch's, over the leaves of `meta_params`.
+      meta_params: updated in place, always: a GPU's recorded work reads them where they are.
+      optimizer: torch's, over the leaves of `meta_params` that are learned.
     """
 
     meta_params: MetaParams
@@ -89,7 +89,8 @@ class OuterState(NamedTuple):
 
 def init_outer(meta_params: MetaParams, options: Outer) -> OuterState:
     """The state before the first outer step."""
-    leaves = [leaf.detach().clone() for leaf in tree_leaves(meta_params)]
+    meta_params = tree_map(lambda leaf: leaf.detach().clone(), meta_params)
+    leaves = tree_leaves(learned_part(meta_params))
     # Fused: one loop over all parameters, where the others make a dozen small ones of each.
     groups: dict[str, Any] = {"lr": options.outer_lr, "weight_decay": options.weight_decay, "fused": True}
     optimizer: torch.optim.Optimizer
@@ -98,7 +99,7 @@ def init_outer(meta_params: MetaParams, options: Outer) -> OuterState:
     else:
         kind = torch.optim.AdamW if options.optimizer == "adamw" else torch.optim.Adam
         optimizer = kind(leaves, **groups)
-    return OuterState(tree_unflatten(meta_params, leaves), optimizer)
+    return OuterState(meta_params, optimizer)
 
 
 def outer_step(state: OuterState, meta_grads: MetaParams, step: int, options: Outer) -> Tensor:
@@ -106,9 +107,9 @@ def outer_step(state: OuterState, meta_grads: MetaParams, step: int, options: Ou
 
     Learning rate and clipping are functions of `step` and the gradient alone, so they have no state to restore.
     """
-    grads = tree_leaves(meta_grads)
+    grads = tree_leaves(learned_part(meta_grads))
     norm = torch.nn.utils.get_total_norm(grads)
-    leaves = tree_leaves(state.meta_params)
+    leaves = tree_leaves(learned_part(state.meta_params))
     for leaf, gradient in zip(leaves, grads, strict=True):
         # Fused optimisers go over memory, and on a CPU they do not look whether a gradient lies as its parameter does.
         leaf.grad = gradient if gradient.stride() == leaf.stride() else torch.empty_like(leaf).copy_(gradient)
@@ -118,12 +119,14 @@ def outer_step(state: OuterState, meta_grads: MetaParams, step: int, options: Ou
         group["lr"] = learning_rate(step, options)
     state.optimizer.step()
     state.optimizer.zero_grad()
+    if isinstance(state.meta_params, Stateful):
+        tree_map(Tensor.copy_, state.meta_params.state, meta_grads.state)
     return norm
 
 
 def parameter_norm(state: OuterState) -> Tensor:
-    """Euclidean norm of the meta-parameters."""
-    return torch.nn.utils.get_total_norm([leaf.detach() for leaf in tree_leaves(state.meta_params)])
+    """Euclidean norm of the learned meta-parameters."""
+    return torch.nn.utils.get_total_norm([leaf.detach() for leaf in tree_leaves(learned_part(state.meta_params))])
 
 
 def learning_rate(step: int, options: Outer) -> float:
@@ -165,17 +168,16 @@ def load_named_state(state: OuterState, tensors: Mapping[str, Tensor]) -> None:
     """
     found = named_leaves(load_meta_params(state.meta_params, tensors, prefix=META_PARAMS))
     keys = _KEPT_BY[type(state.optimizer)]
+    learned = [name for name in found if not isinstance(state.meta_params, Stateful) or name.startswith("learned.")]
     kept = {
-        f"optimizer/{key}/{name}": torch.zeros(()) if key == "step" else leaf
-        for name, leaf in found.items()
-        for key in keys
+        f"optimizer/{key}/{name}": torch.zeros(()) if key == "step" else found[name] for name in learned for key in keys
     }
     _check_alike(kept, {name: tensor for name, tensor in tensors.items() if name.startswith("optimizer/")})
     with torch.no_grad():
         for name, leaf in named_leaves(state.meta_params).items():
             leaf.copy_(found[name])
     entries = {
-        index: {key: tensors[f"optimizer/{key}/{name}"] for key in keys} for index, name in enumerate(found) if keys
+        index: {key: tensors[f"optimizer/{key}/{name}"] for key in keys} for index, name in enumerate(learned) if keys
     }
     groups = state.optimizer.state_dict()["param_groups"]
     state.optimizer.load_state_dict({"state": entries, "param_groups": groups})

@@ -16,12 +16,13 @@ from pathlib import Path
 import torch
 
 from distmaml import build, checkpoint, mirror, paths
-from distmaml.config import Config, ImageTaskOptions, is_repeated, is_store, read, to_json
+from distmaml.config import Config, is_repeated, is_store, read, to_json
 from distmaml.engine import warn_once
 from distmaml.errors import ConfigError, DistmamlError, RunError, first_line
 from distmaml.files import absolute
 from distmaml.limits import check_storage
 from distmaml.mirror import Mirror
+from distmaml.options import ImageTaskOptions
 from distmaml.outer import chunk_sum, init_outer, load_named_state
 from distmaml.recorder import check_origin, check_settings
 from distmaml.scoring import score

@@ -12,8 +12,9 @@ import numpy as np
 
 from distmaml import build, paths
 from distmaml.adapter import load
-from distmaml.config import Config, ImageTaskOptions, is_custom, to_json
+from distmaml.config import Config, is_custom, to_json
 from distmaml.files import write_text
+from distmaml.options import ImageTaskOptions
 from distmaml.recipes import RECIPES
 from distmaml.scoring import Evaluated, Intervals
 from distmaml.segments import committed_segments, read_points

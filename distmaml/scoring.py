@@ -58,7 +58,8 @@ def score(
 
     Two figures, because batch statistics see whatever is predicted together. "transductive" predicts the query set at
     once, as the MAML papers do, so that a query item profits from the others. "inductive" predicts each item with the
-    support set alone. For a module without batch statistics both are the same.
+    support set alone, or by running statistics where the algorithm gathers them. For a module without batch statistics
+    both are the same.
 
     Returns:
       Batch-norm mode -> metric -> ``[num_tasks, num_steps + 1]``.
@@ -93,7 +94,7 @@ def interval(values: Tensor | Sequence[float]) -> Interval:
 def predict_one_by_one(
     algorithm: Algorithm, meta_params: MetaParams, state: Tree, support_inputs: Tree, query_inputs: Tree
 ) -> Tree:
-    """Outputs for each query input, predicted together with the support inputs and nothing else.
+    """Outputs for each query input, predicted together with the support inputs at most.
 
     Args:
       state: adapted to the support set, from `algorithm.adapt`.
@@ -108,6 +109,8 @@ def predict_one_by_one(
         together = tree_map(lambda s, q: torch.cat([s, q.unsqueeze(0)]), support_inputs, item)
         return tree_map(lambda leaf: leaf[-1], algorithm.predict(meta_params, state, together))
 
+    if algorithm.predict_alone is not None:
+        return algorithm.predict_alone(meta_params, state, query_inputs)
     size = len(tree_leaves(query_inputs)[0])
     if size == 0:
         return tree_map(lambda leaf: leaf[:0], algorithm.predict(meta_params, state, support_inputs))

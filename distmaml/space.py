@@ -24,9 +24,10 @@ from typing import Annotated, Any, Literal, TypeAlias, get_args
 
 from tyro.conf import UseAppendAction
 
-from distmaml.config import OPTIONS, Config, flatten, from_json, override, parse_field, to_json, typed
+from distmaml.config import Config, flatten, from_json, override, parse_field, to_json, typed
 from distmaml.errors import ConfigError, unknown
 from distmaml.limits import check
+from distmaml.options import OPTIONS
 
 Kind = Literal["uniform", "log", "int", "choice"]
 SCHEDULERS = ("none", "asha", "pbt")

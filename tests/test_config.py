@@ -14,10 +14,11 @@ from typing import Any, cast
 import pytest
 
 from distmaml import config as module
-from distmaml import limits
-from distmaml.config import OPTIONS, Cluster, Config, Evaluation, Outer, Run, flatten, from_json, override, to_json
+from distmaml import limits, options
+from distmaml.config import Cluster, Config, Evaluation, Outer, Run, flatten, from_json, override, to_json
 from distmaml.errors import ConfigError
 from distmaml.limits import check
+from distmaml.options import OPTIONS
 from distmaml.recipes import RECIPES
 
 CUSTOM = {"algorithm": "mine:algorithm", "model": "mine:model", "tasks": "mine:tasks"}
@@ -165,8 +166,8 @@ def test_an_override_leaves_the_original_as_it_was() -> None:
 
 
 def test_every_field_has_a_docstring_under_it() -> None:
-    tree = ast.parse(Path(module.__file__).read_text())
-    classes = [node for node in tree.body if isinstance(node, ast.ClassDef)]
+    trees = [ast.parse(Path(str(file.__file__)).read_text()) for file in (module, options)]
+    classes = [node for tree in trees for node in tree.body if isinstance(node, ast.ClassDef)]
     assert {"Config", "InnerLoop", "Outer"} <= {cls.name for cls in classes}
     for cls in classes:
         for entry, after in itertools.pairwise([*cls.body, None]):

@@ -14,8 +14,8 @@ import distmaml
 ROOT = Path(distmaml.__file__).parent
 LAYERS = [
     ["errors"],
-    ["arrow_file", "files", "interrupt", "kernels", "splits", "trees"],
-    ["remote"],
+    ["arrow_file", "files", "interrupt", "kernels", "options", "splits", "trees"],
+    ["conjugate_gradient", "remote"],
     ["episodes", "inner", "journal", "models", "segments", "worker"],
     ["chain", "engine", "store"],
     ["chain_loss", "objectives"],

@@ -85,7 +85,13 @@ class ImageTasks:
             part = images[:, :, samples]
             return Batch(part.flatten(1, 2), labels.repeat_interleave(part.shape[2], dim=1))
 
-        return Episode(batch(slice(None, self.num_shots)), batch(slice(self.num_shots, None)), fold_in(keys, 2))
+        support, query = batch(slice(None, self.num_shots)), batch(slice(self.num_shots, None))
+        return Episode(support, query, fold_in(keys, 2), classes)
+
+    @property
+    def num_classes(self) -> int:
+        """Classes of the split; rotations count."""
+        return len(self._names) * self.turns
 
     def _turned(self, rows: Tensor, quarter_turns: Tensor) -> Tensor:
         """The pixels of store rows, each class turned: ``[*rows, channels, height, width]``; a copy."""

@@ -1,0 +1,128 @@
+"""iMAML: the meta-gradient of an inner problem's solution, whatever way led to it.
+
+Rajeswaran, Finn, Kakade, Levine (2019), "Meta-Learning with Implicit Gradients", https://arxiv.org/abs/1909.04630.
+"""
+
+from collections.abc import Iterator
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from distmaml.algorithms import Algorithm
+from distmaml.algorithms.passes import (
+    check_steps,
+    halves,
+    loss_gradient,
+    predict,
+    query_gradient,
+    support_loss,
+)
+from distmaml.conjugate_gradient import conjugate_gradient, tree_axpy, tree_dot
+from distmaml.episodes import Batch, Episode
+from distmaml.errors import ConfigError
+from distmaml.inner import LossFn, Metrics, Params, differentiable, last, linearize, walk
+from distmaml.objectives import Moment, Objective
+from distmaml.trees import tree_map
+
+LINE_SEARCH = (1.0, 0.5, 0.25, 0.125, 0.0625)
+"""Lengths of a Newton step that are tried, the longest first."""
+SUFFICIENT = 1e-4
+"""Share of the decrease that the gradient promises which a step must reach (Armijo)."""
+
+
+def imaml(
+    objective: Objective,
+    *,
+    inner_lr: float,
+    num_inner_steps: int,
+    regularization: float = 2.0,
+    num_cg_steps: int = 5,
+    solver: Literal["gradient", "hessian_free"] = "gradient",
+) -> Algorithm:
+    """iMAML (Rajeswaran et al., 2019).
+
+    ::
+
+        phi* = argmin_phi L_support(phi) + lambda / 2 * |phi - theta|^2
+        meta-gradient = (I + H(phi*) / lambda)^{-1} grad L_query(phi*),  H the Hessian of L_support
+
+    An approximation in two places, as in the paper: the inner loop comes near phi*, and conjugate gradients come near
+    the solution of the linear system. Memory and cost of the meta-gradient do not depend on the number of inner steps.
+
+    Args:
+      inner_lr: of the gradient solver; it must be well below ``2 / lambda``.
+      regularization: lambda.
+      num_cg_steps: for the meta-gradient, and for the direction of a Newton step.
+      solver: "gradient": gradient descent on the inner problem. "hessian_free": each inner step goes along the Newton
+        direction that conjugate gradients find (Martens, 2010), as far as a line search lets it.
+
+    Raises:
+      ConfigError: no inner step, no step of conjugate gradients, a regularization of 0 or less.
+    """
+    check_steps(num_inner_steps)
+    if not regularization > 0:
+        raise ConfigError(
+            f"regularization={regularization} must be greater than 0: iMAML divides by it. To hold the inner loop back "
+            "by nothing, take maml."
+        )
+    if num_cg_steps < 1:
+        raise ConfigError(f"num_cg_steps={num_cg_steps} must be 1 or more.")
+    if solver not in ("gradient", "hessian_free"):
+        raise ConfigError(f"solver={solver!r} must be one of gradient, hessian_free.")
+    weight = regularization
+
+    def proximal_step(theta: Params, params: Params, grads: Params, k: int) -> Params:
+        return {n: p - inner_lr * (grads[n] + weight * (p - theta[n])) for n, p in params.items()}
+
+    def by_gradient(theta: Params, support: Batch, steps: int, key: Tensor | None) -> Iterator[Params]:
+        loss_fn = support_loss(objective, theta, support, key)
+        return walk(loss_fn, theta, rule=differentiable(proximal_step), rule_params=theta, num_steps=steps)
+
+    def by_newton(theta: Params, support: Batch, steps: int, key: Tensor | None) -> Iterator[Params]:
+        loss_fn, phi = support_loss(objective, theta, support, key), theta
+        yield phi
+        for k in range(steps):
+            phi = newton_step(loss_fn, theta, phi, support, Moment(k, key))
+            yield phi
+
+    def newton_step(loss_fn: LossFn, theta: Params, phi: Params, support: Batch, moment: Moment) -> Params:
+        def value(params: Params) -> Tensor:
+            away = tree_map(torch.sub, params, theta)
+            loss = objective.loss(objective.predict(params, support.inputs, moment), support.targets)[0]
+            return loss + 0.5 * weight * tree_dot(away, away)
+
+        grads, (loss, _) = loss_gradient(objective, phi, support, moment)
+        away = tree_map(torch.sub, phi, theta)
+        slope = tree_map(lambda g, a: g + weight * a, grads, away)
+        curvature = linearize(loss_fn, phi, (), moment.inner_step).transpose
+        direction = conjugate_gradient(
+            lambda v: tree_map(lambda h, x: h + weight * x, curvature(v)[0], v), slope, num_cg_steps
+        )
+        here, promised = loss + 0.5 * weight * tree_dot(away, away), tree_dot(slope, direction)
+        length = torch.zeros_like(here)
+        for tried in LINE_SEARCH:
+            enough = (
+                value(tree_axpy(torch.full_like(here, -tried), direction, phi)) <= here - SUFFICIENT * tried * promised
+            )
+            length = torch.where((length == 0) & enough & (promised > 0), tried, length)
+        moved: Params = tree_axpy(-length, direction, phi)
+        return moved
+
+    solve = by_gradient if solver == "gradient" else by_newton
+
+    def adapt(theta: Params, support: Batch, num_steps: int | None = None, key: Tensor | None = None) -> list[Params]:
+        return list(solve(theta, support, num_inner_steps if num_steps is None else num_steps, key))
+
+    def meta_grad(theta: Params, episode: Episode, step: int) -> tuple[Params, Metrics]:
+        support_key, query_key = halves(episode.key)
+        phi = last(solve(theta, episode.support, num_inner_steps, support_key))
+        query_grads, metrics = query_gradient(objective, phi, episode.query, num_inner_steps, query_key)
+        loss_fn = support_loss(objective, theta, episode.support, support_key)
+        curvature = linearize(loss_fn, phi, (), num_inner_steps).transpose
+        solution: Params = conjugate_gradient(
+            lambda v: tree_map(lambda x, h: x + h / weight, v, curvature(v)[0]), query_grads, num_cg_steps
+        )
+        return solution, metrics
+
+    return Algorithm(lambda params, generator: params, adapt, predict(objective), meta_grad, steady=True)
