@@ -98,8 +98,8 @@ def learner(
     algorithm = resolve("algorithm", config.algorithm, ALGORITHMS) if algorithm is None else algorithm
     target = objective(module)
     arguments = _arguments(config.algorithm, config.algorithm_options)
-    if "num_classes" in arguments and arguments["num_classes"] is None:
-        arguments["num_classes"] = shapes.num_classes
+    if "num_classes" in arguments:
+        arguments["num_classes"] = _num_classes(arguments["num_classes"], shapes)
     learned = algorithm(target, **arguments)
     convolves = any(isinstance(layer, nn.modules.conv._ConvNd) for layer in module.modules())
     meta_params = learned.init(initial_params(module), generator)
@@ -255,6 +255,15 @@ def _module(config: Config, shapes: Shapes) -> nn.Module:
     if not isinstance(module, nn.Module):
         raise ConfigError(f"model={config.model!r} returned a {type(module).__name__}, not a torch.nn.Module.")
     return module
+
+
+def _num_classes(wanted: int | None, shapes: Shapes) -> int | None:
+    if wanted is not None and wanted < (shapes.num_classes or 0):
+        raise ConfigError(
+            f"num_classes={wanted} is less than the {shapes.num_classes} classes of the training split, rotations "
+            "counted. Leave it out: it follows from the tasks."
+        )
+    return shapes.num_classes if wanted is None else wanted
 
 
 def _arguments(name: str, options: Any) -> dict[str, Any]:

@@ -74,7 +74,9 @@ def _named(
 ) -> tuple[Config, Sequence[str]]:
     """The configuration that the first words name, and the options behind them."""
     if not arguments or arguments[0] in ("-h", "--help"):
-        listed = "\n".join(f"  {name:24s}{(recipe.__doc__ or '').splitlines()[0]}" for name, recipe in RECIPES.items())
+        width = max(map(len, RECIPES)) + 2
+        lines = {name: (recipe.__doc__ or "").splitlines()[0] for name, recipe in RECIPES.items()}
+        listed = "\n".join(f"  {name:{width}s}{line}" for name, line in lines.items())
         forms = "\n       ".join(
             f"{prog} {form}" for form in ("RECIPE [options]", "--recipe-file FILE [options]", *also)
         )

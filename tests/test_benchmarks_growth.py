@@ -53,7 +53,7 @@ def test_each_axis_begins_at_or_passes_what_the_others_stay_at() -> None:
 
 def test_tasks_and_models_are_of_the_size_that_is_asked_for() -> None:
     point = Point(tasks=3, ways=7, shots=2, filters=16, queries=4)
-    support, query, _ = random_tasks(point)
+    support, query, *_ = random_tasks(point)
     assert (support.inputs.shape, query.inputs.shape) == ((3, 14, 1, 28, 28), (3, 28, 1, 28, 28))
     assert torch.equal(support.targets[2].bincount(), torch.full([7], 2))
     num_params = (1 * 9 + 1) * 16 + 3 * (16 * 9 + 1) * 16 + 4 * 2 * 16 + (16 + 1) * 7

@@ -40,7 +40,7 @@ def test_second_order_of_the_residual_network_is_exact() -> None:
 
 
 def test_tasks_are_5_ways_of_one_shot_and_fifteen_queries_and_differ_by_seed() -> None:
-    support, query, _ = random_tasks(2, 0, torch.float32, shape=(1, 28, 28))
+    support, query, *_ = random_tasks(2, 0, torch.float32, shape=(1, 28, 28))
     assert support.inputs.shape == (2, 5, 1, 28, 28)
     assert query.inputs.shape == (2, 75, 1, 28, 28)
     assert torch.equal(query.targets[1].bincount(), torch.full([5], 15))

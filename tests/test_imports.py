@@ -30,6 +30,7 @@ LAYERS = [
         "outer",
         "paths",
         "prefetch",
+        "published",
         "recipes",
         "scoring",
         "selection",
@@ -39,11 +40,12 @@ LAYERS = [
     ["build", "mirror", "population", "searchers"],
     ["adapter", "pictures", "recorder", "tracking"],
     ["loop", "ray_cluster", "supervisor"],
-    ["findings", "launch", "preflight", "progress", "report", "search"],
+    ["comparison", "findings", "launch", "preflight", "progress", "report", "search"],
     ["board", "experiment", "workers"],
     ["trial"],
     ["trials"],
     ["driver", "study"],
+    ["reproduction"],
     ["cli"],
 ]
 """From the lowest up: a module imports from layers below its own alone."""

@@ -1,25 +1,40 @@
 """What every entry of a table keeps to. A new algorithm, model, task source or data set joins by being in its table."""
 
 import itertools
+import re
 from collections.abc import Callable
+from functools import reduce
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
+from torch import nn
 
-from distmaml import build
-from distmaml.algorithms import ALGORITHMS
-from distmaml.config import OPTIONS, Config, flatten, override
+from distmaml import build, checkpoint
+from distmaml.algorithms import ALGORITHMS, Algorithm, Stateful, learned_part
+from distmaml.config import Config, Outer, flatten, override
 from distmaml.datasets import DATASETS, ensure_store
 from distmaml.engine import ENGINES
+from distmaml.episodes import Episode, shard
 from distmaml.models import MODELS
-from distmaml.objectives import classification, initial_params
-from distmaml.outer import chunk_sum, meta_gradient
+from distmaml.objectives import Objective, classification, initial_params
+from distmaml.options import OPTIONS
+from distmaml.outer import (
+    OuterState,
+    chunk_sum,
+    init_outer,
+    load_meta_params,
+    load_named_state,
+    meta_gradient,
+    named_state,
+    outer_step,
+)
+from distmaml.scoring import score
 from distmaml.splits import SAMPLES, SPLITS
 from distmaml.store import open_store
 from distmaml.tasks import TASKS
-from distmaml.trees import tree_add, tree_index, tree_leaves, tree_map, tree_names
+from distmaml.trees import named_leaves, tree_add, tree_index, tree_leaves, tree_map, tree_names, tree_to
 from tests import oracles
 from tests.datasets.test_image_folder import folders
 from tests.datasets.test_omniglot import BACKGROUND, EVALUATION, members, write_zip
@@ -35,35 +50,76 @@ def test_the_configuration_has_options_for_every_entry_and_for_no_other() -> Non
 # ------------------------------------------------------------------------------------------ algorithms
 
 
-def algorithm_of(name: str, case: str = "mlp") -> tuple[Any, Any, Any]:
-    """The algorithm with the options of its dataclass, its meta-parameters, and tasks, all in float64."""
-    module, tasks, _ = make(case, num_tasks=4)
-    values = {"algorithm": name, "inner_lr": 0.1, "num_inner_steps": 2, "precision": "float64"}
-    config = override(Config(), values)
-    learned = build.learner(config, build.Shapes((), 4), torch.device("cpu"), module=module.model)
-    return learned.algorithm, learned.meta_params, tasks
+VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
+    **{name: (name, {}) for name in ALGORITHMS},
+    "reptile with adam": ("reptile", {"inner_optimizer": "adam", "inner_lr": 0.01}),
+    "maml_plus_plus with statistics": ("maml_plus_plus", {"per_step_statistics": True}),
+}
+"""Every algorithm, and those that gather something beside what they learn: the name in the table, and options."""
+NUM_CLASSES = 10
 
 
-@pytest.mark.parametrize("name", ALGORITHMS)
-def test_an_algorithm_adapts_by_any_number_of_steps_and_leaves_its_arguments_alone(name: str) -> None:
-    algorithm, meta_params, tasks = algorithm_of(name)
+class Case(NamedTuple):
+    """An algorithm with the options of its dataclass, its meta-parameters, and tasks, all in float64."""
+
+    algorithm: Algorithm
+    objective: Objective
+    meta_params: Any
+    tasks: Episode
+
+
+def case_of(
+    variant: str, model: str = "mlp", *, num_tasks: int = 4, inner_lr: float = 0.1, precision: str = "float64"
+) -> Case:
+    name, changes = VARIANTS[variant]
+    if "per_step_statistics" in changes and model == "mlp":
+        model = "batch norm"
+    module, tasks, _ = make(model, num_tasks=num_tasks)
+    tasks = tasks._replace(classes=torch.stack([torch.randperm(NUM_CLASSES)[:4] for _ in range(num_tasks)]))
+    normed = any(isinstance(layer, nn.BatchNorm2d) for layer in module.model.modules())
+    config = override(Config(), {"algorithm": name, "precision": precision})
+    wanted = {"inner_lr": inner_lr, "num_inner_steps": 2, "per_step_biases": normed, **changes}
+    config = override(config, {option: value for option, value in wanted.items() if option in flatten(config)})
+    learned = build.learner(config, build.Shapes((), 4, NUM_CLASSES), torch.device("cpu"), module=module.model)
+    return Case(learned.algorithm, learned.objective, learned.meta_params, tasks)
+
+
+def same(one: Any, other: Any) -> bool:
+    """Alike to the last bit."""
+    return all(torch.equal(a, b) for a, b in zip(tree_leaves(one), tree_leaves(other), strict=True))
+
+
+def check_close(found: Any, expected: Any) -> None:
+    for one, other in zip(tree_leaves(found), tree_leaves(expected), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_an_algorithm_adapts_by_any_number_of_steps_and_leaves_its_arguments_alone(variant: str) -> None:
+    algorithm, _, meta_params, tasks = case_of(variant)
     task = tree_index(tasks, 0)
     before = [leaf.clone() for leaf in tree_leaves(meta_params)]
     longest = algorithm.adapt(meta_params, task.support, num_steps=5)
     for num_steps in (0, 1, 2):
         states = algorithm.adapt(meta_params, task.support, num_steps=num_steps)
-        assert len(states) in (num_steps + 1, 1)  # an algorithm without inner steps has one state
-        for state, other in zip(states, longest, strict=False):
-            assert all(torch.equal(a, b) for a, b in zip(tree_leaves(state), tree_leaves(other), strict=True))
-    assert len(algorithm.adapt(meta_params, task.support)) in (3, 1)  # as many steps as in training
-    assert all(torch.equal(leaf, old) for leaf, old in zip(tree_leaves(meta_params), before, strict=True))
+        assert len(states) == (num_steps + 1 if algorithm.descends else 1)
+        assert all(same(state, other) for state, other in zip(states, longest, strict=False))
+    whole = algorithm.adapt(meta_params, task.support)
+    if "num_inner_steps" in flatten(override(Config(), {"algorithm": VARIANTS[variant][0]})):
+        assert len(whole) == 3  # as many steps as in training
+    assert algorithm.descends == (len(whole) > 1)
+    meta_gradient(algorithm, meta_params, tasks, 0)
+    assert same(tree_leaves(meta_params), before)
     assert algorithm.predict(meta_params, longest[-1], task.query.inputs).shape == (12, 4)
+    if algorithm.predict_alone is not None:
+        assert algorithm.predict_alone(meta_params, longest[-1], task.query.inputs).shape == (12, 4)
 
 
-@pytest.mark.parametrize("case", ["mlp", "conv4", "lstm"])
+@pytest.mark.parametrize("model", ["mlp", "conv4", "lstm"])
 @pytest.mark.parametrize("name", ALGORITHMS)
-def test_a_meta_gradient_is_shaped_like_the_meta_parameters_and_descends(name: str, case: str) -> None:
-    algorithm, meta_params, tasks = algorithm_of(name, case)
+def test_a_meta_gradient_is_shaped_like_the_meta_parameters_and_descends(name: str, model: str) -> None:
+    # Reptile's is the gradient of no loss, and along a short way nearly that of the loss at its end.
+    algorithm, _, meta_params, tasks = case_of(name, model, inner_lr=0.01 if name == "reptile" else 0.1)
     grads, metrics = meta_gradient(algorithm, meta_params, tasks, 0)
     assert tree_names(grads) == tree_names(meta_params)
     assert [g.shape for g in tree_leaves(grads)] == [p.shape for p in tree_leaves(meta_params)]
@@ -73,15 +129,140 @@ def test_a_meta_gradient_is_shaped_like_the_meta_parameters_and_descends(name: s
     assert meta_gradient(algorithm, moved, tasks, 0)[1]["query_loss"] < metrics["query_loss"]
 
 
+@pytest.mark.parametrize("variant", [name for name in VARIANTS if name not in ALGORITHMS])
+def test_what_is_gathered_is_shaped_like_the_state_and_changes(variant: str) -> None:
+    algorithm, _, meta_params, tasks = case_of(variant)
+    grads, _ = meta_gradient(algorithm, meta_params, tasks, 0)
+    assert isinstance(meta_params, Stateful)
+    assert isinstance(grads, Stateful)
+    assert tree_names(grads) == tree_names(meta_params)
+    pairs = list(zip(tree_leaves(grads.state), tree_leaves(meta_params.state), strict=True))
+    assert all(new.shape == old.shape and new.dtype == old.dtype for new, old in pairs)
+    assert not any(torch.equal(new, old) for new, old in pairs)
+
+
+@pytest.mark.parametrize("vectorize", [True, False], ids=["side by side", "one by one"])
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_in_float32_everything_stays_float32_and_is_nearly_what_it_is_in_float64(variant: str, vectorize: bool) -> None:
+    algorithm, _, meta_params, tasks = case_of(variant, "conv4")
+    exact, _ = chunk_sum(algorithm, meta_params, tasks, 0, vectorize=vectorize)
+    algorithm, _, _, tasks = case_of(variant, "conv4", precision="float32")
+    meta_params, tasks = tree_to((meta_params, tasks), torch.device("cpu"), torch.float32)
+    grads, metrics = chunk_sum(algorithm, meta_params, tasks, 0, vectorize=vectorize)
+    adapted = algorithm.adapt(meta_params, tree_index(tasks, 0).support)
+    assert {leaf.dtype for leaf in tree_leaves((grads, metrics, adapted))} == {torch.float32}
+    found, expected = (named_leaves(learned_part(tree)) for tree in (grads, exact))
+    # Norms take out the biases of convolutions: what is left is rounding, which Adam divides by its own size.
+    names = [name for name in expected if not re.search(r"convolutions\.\d\.bias", name)]
+    largest = max(float(expected[name].abs().max()) for name in names)
+    assert all(float((found[name] - expected[name]).abs().max()) < 1e-3 * largest for name in names)
+
+
 @pytest.mark.parametrize("name", ALGORITHMS)
-def test_an_algorithm_sees_one_task_at_a_time(name: str) -> None:
+def test_metrics_are_the_query_loss_and_what_the_objective_names(name: str) -> None:
+    algorithm, objective, meta_params, tasks = case_of(name)
+    _, metrics = meta_gradient(algorithm, meta_params, tasks, 0)
+    assert set(metrics) == {"query_loss", *(f"query_{metric}" for metric in objective.metrics)}
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_an_algorithm_sees_one_task_at_a_time(variant: str) -> None:
     """The sum over a chunk is the sum of its tasks, on all engines."""
-    algorithm, meta_params, tasks = algorithm_of(name)
+    algorithm, _, meta_params, tasks = case_of(variant)
     whole = chunk_sum(algorithm, meta_params, tasks, 0, vectorize=ENGINES[0].vectorize)
     one = [chunk_sum(algorithm, meta_params, tree_index(tasks, slice(i, i + 1)), 0, vectorize=False) for i in range(4)]
-    total = tree_add(tree_add(one[0], one[1]), tree_add(one[2], one[3]))
-    for found, expected in zip(tree_leaves(whole), tree_leaves(total), strict=True):
-        torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
+    check_close(whole, tree_add(tree_add(one[0], one[1]), tree_add(one[2], one[3])))
+
+
+@pytest.mark.parametrize("vectorize", [True, False], ids=["side by side", "one by one"])
+@pytest.mark.parametrize("model", ["mlp", "conv4"])
+@pytest.mark.parametrize("name", [name for name in ALGORITHMS if name not in ("reptile", "fine_tuning")])
+def test_adaptation_at_test_is_that_of_training(name: str, model: str, vectorize: bool) -> None:
+    """The query loss that training logs is that of the last state of `adapt`; reptile and fine_tuning train on no query
+    loss."""
+    algorithm, objective, meta_params, tasks = case_of(name, model, num_tasks=2)
+    tasks = tasks._replace(key=None)  # nothing random
+    _, summed = chunk_sum(algorithm, meta_params, tasks, 0, vectorize=vectorize)
+    expected: Any = None
+    for index in range(2):
+        task = tree_index(tasks, index)
+        state = algorithm.adapt(meta_params, task.support)[-1]
+        loss, metrics = objective.loss(algorithm.predict(meta_params, state, task.query.inputs), task.query.targets)
+        own = {"query_loss": loss, **{f"query_{name}": metric for name, metric in metrics.items()}}
+        expected = own if expected is None else tree_add(expected, own)
+    check_close(list(summed.values()), list(expected.values()))
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_scores_are_those_of_the_adapted_states(variant: str) -> None:
+    algorithm, objective, meta_params, tasks = case_of(variant, num_tasks=2)
+    steps = 3 if algorithm.descends else 0
+    found = score(algorithm, objective, meta_params, tasks, num_steps=steps, inductive=True)
+    for index in range(2):
+        task = tree_index(tasks, index)
+        states = algorithm.adapt(meta_params, task.support, num_steps=steps)
+        for k, state in enumerate(states):
+            outputs = algorithm.predict(meta_params, state, task.query.inputs)
+            loss = objective.loss(outputs, task.query.targets)[0]
+            torch.testing.assert_close(found["transductive"]["query_loss"][index, k], loss, rtol=1e-12, atol=1e-12)
+        assert found["inductive"]["query_loss"].shape == (2, len(states))
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_a_checkpoint_brings_the_meta_parameters_back_and_goes_on_as_before(variant: str, tmp_path: Path) -> None:
+    algorithm, _, meta_params, tasks = case_of(variant, num_tasks=2)
+    options = Outer(optimizer="adam", outer_lr=0.01, num_outer_steps=4)
+    straight = init_outer(meta_params, options)
+    document = {"step": 2, "config": {}, "shapes": {"input_shape": [], "num_outputs": 4}, "dataset": None}
+
+    def train(state: OuterState, steps: range) -> None:
+        for step in steps:
+            outer_step(state, meta_gradient(algorithm, state.meta_params, tasks, step)[0], step, options)
+
+    train(straight, range(2))
+    checkpoint.save(tmp_path / "2.safetensors", named_state(straight), document)
+    resumed = init_outer(tree_map(torch.zeros_like, meta_params), options)
+    load_named_state(resumed, checkpoint.load(tmp_path / "2.safetensors")[0])
+    assert same(resumed.meta_params, straight.meta_params)
+    train(straight, range(2, 4))
+    train(resumed, range(2, 4))
+    found, expected = named_state(resumed), named_state(straight)
+    assert list(found) == list(expected)
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+    model = load_meta_params(meta_params, named_leaves(straight.meta_params))  # as a run's result is written and read
+    assert same(model, straight.meta_params)
+    assert type(model) is type(meta_params)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_two_workers_equal_one(variant: str) -> None:
+    """Seven tasks in chunks of two, as the loop hands them out, and their sums added as by the network: in the order of
+    the chunks, or first those of each worker."""
+
+    def step(world_size: int) -> tuple[Any, Any]:
+        of_workers: list[list[Any]] = []
+        for rank in range(world_size):
+            algorithm, _, meta_params, tasks = case_of(variant, num_tasks=7)  # a process of its own
+            chunks = [tree_index(tasks, slice(p.start, p.stop)) for _, p in shard(7, 2, rank, world_size)]
+            of_workers.append([chunk_sum(algorithm, meta_params, chunk, 0) for chunk in chunks])
+        plain = reduce(tree_add, [reduce(tree_add, own) for own in of_workers if own])
+        return reduce(tree_add, itertools.chain(*of_workers)), plain
+
+    one, five = step(1)[0], step(5)  # of which one has no chunk
+    two = step(2)
+    assert same(two[0], one)
+    assert same(five[0], one)
+    check_close(two[1], one)
+    check_close(five[1], one)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_chunks_equal_the_whole(variant: str) -> None:
+    algorithm, _, meta_params, tasks = case_of(variant)
+    whole = meta_gradient(algorithm, meta_params, tasks, 0)
+    check_close(whole, tree_map(lambda leaf: leaf / 4, chunk_sum(algorithm, meta_params, tasks, 0)))
+    for chunk_size in (1, 3):
+        check_close(meta_gradient(algorithm, meta_params, tasks, 0, chunk_size=chunk_size), whole)
 
 
 # ---------------------------------------------------------------------------------------------- models
@@ -121,12 +302,34 @@ def test_tasks_are_a_pure_function_of_seed_split_and_index(name: str, tmp_path: 
         batch, other = splits[split].sample([4, 0, 7]), again[split].sample([7, 4])
         for place, counterpart in ((0, 1), (2, 0)):
             left, right = tree_index(batch, place), tree_index(other, counterpart)
-            assert all(torch.equal(a, b) for a, b in zip(tree_leaves(left), tree_leaves(right), strict=True))
+            assert same(_tensors(left), _tensors(right))
         assert batch.key is None or (batch.key.dtype == torch.int64 and len({*batch.key.tolist()}) == 3)
-        assert {len(leaf) for leaf in tree_leaves(batch)} == {3}
+        assert {len(leaf) for leaf in _tensors(batch)} == {3}
     elsewhere = build.task_distributions(override(config, {"seed": 1}))
     firsts = [tree_leaves(source.sample([0]))[0] for source in (*splits.values(), elsewhere["train"])]
     assert not any(torch.equal(a, b) for a, b in itertools.combinations(firsts, 2) if a.shape == b.shape)
+
+
+@pytest.mark.parametrize("name", TASKS)
+def test_classes_are_those_of_the_split_or_there_are_none(name: str, tmp_path: Path) -> None:
+    tiny_store(tmp_path / "tiny.arrow")
+    base = override(Config(), {"tasks": name})
+    values = {"dataset": str(tmp_path / "tiny.arrow"), "num_ways": 3, "num_shots": 2, "num_queries": 2,
+              "num_eval_queries": 2, "rotations": "train"}  # fmt: skip
+    splits = build.task_distributions(override(base, {k: v for k, v in values.items() if k in flatten(base)}))
+    for source in splits.values():
+        found, number = source.sample(range(200)).classes, getattr(source, "num_classes", None)
+        assert (found is None) == (number is None)
+        if found is None or number is None:
+            continue
+        assert found.dtype == torch.int64
+        assert all(len({*task}) == 3 for task in found.tolist())
+        assert {*found.flatten().tolist()} == {*range(number)}
+
+
+def _tensors(tree: Any) -> list[Any]:
+    """The leaves without those that a task distribution leaves out."""
+    return [leaf for leaf in tree_leaves(tree) if leaf is not None]
 
 
 # ------------------------------------------------------------------------------------------- data sets

@@ -46,7 +46,8 @@ def cavia(
     Args:
       inner_lr: 1.0 in the paper.
       num_context: context parameters.
-      modulated_layer: name of a linear layer, a convolution or a batch norm; the model's first one by default.
+      modulated_layer: name of a batch norm, a linear layer or a convolution; by default the first batch norm of the
+        model, or, in one without, the first layer.
 
     Raises:
       ConfigError: no inner step, no context parameter, no such layer.
@@ -112,12 +113,16 @@ def cavia(
 
 def _modulated(objective: Objective, wanted: str | None) -> tuple[str, int]:
     """The layer that context parameters change, by its name, and its channels."""
-    layers: dict[str, int] = {}
-    for name, module in objective.model.named_modules():
-        for kind, size in ((nn.Linear, "out_features"), (nn.modules.conv._ConvNd, "out_channels"),
-                           (nn.modules.batchnorm._BatchNorm, "num_features")):  # fmt: skip
-            if name and isinstance(module, kind):
-                layers[name] = getattr(module, size)
+    found = [(name, module) for name, module in objective.model.named_modules() if name]
+    layers = {
+        name: module.num_features for name, module in found if isinstance(module, nn.modules.batchnorm._BatchNorm)
+    }
+    layers |= {
+        name: module.out_features if isinstance(module, nn.Linear) else module.out_channels
+        for name, module in found
+        if isinstance(module, nn.Linear | nn.modules.conv._ConvNd)
+    }
+    # Batch norms come first: one that follows the layer takes a shift or a scale out again.
     name = next(iter(layers), "") if wanted is None else wanted
     if name not in layers:
         raise ConfigError(

@@ -124,9 +124,12 @@ def meta_lstm(objective: Objective, *, num_inner_steps: int, hidden_size: int = 
         pulls: list[Callable[[Any], tuple[Params, Tensor, _Memory]]] = []
 
         def take(phi: Tensor, memory: _Memory, grads: Tensor, loss: Tensor) -> tuple[Tensor, _Memory]:
-            moved, pull, *_ = vjp(lambda *known: step(*known, grads, loss), meta.rule, phi, memory)
+            def go(rule: Params, phi: Tensor, memory: _Memory) -> tuple[Tensor, _Memory]:
+                return step(rule, phi, memory, grads, loss)
+
+            (moved, remembered), pull, *_ = vjp(go, meta.rule, phi, memory)
             pulls.append(pull)
-            return moved
+            return moved, remembered
 
         phi = last(walk(meta.params, episode.support, num_inner_steps, support_key, take))
         query_grads, metrics = query_gradient(objective, phi, episode.query, num_inner_steps, query_key)

@@ -1,7 +1,7 @@
 """Batch norms that are others at each inner step: their scale and shift, and the running statistics of their inputs.
 
-The model stays as it is. A scale or shift of its own for each step is a choice of what to call the model with, and
-running statistics are seen, and used, by hooks on its batch norms.
+The model stays as it is: a scale or shift of its own for each step is a choice of what to call the model with. Running
+statistics are seen by hooks on its batch norms, and go to them as the buffers that they would have.
 """
 
 from collections.abc import Sequence
@@ -9,7 +9,6 @@ from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from distmaml.errors import ConfigError
 from distmaml.inner import Params
@@ -87,13 +86,10 @@ class Norms:
 
     def predict(self, params: Params, statistics: Statistics, inputs: Tree) -> Any:
         """What the model says when its batch norms take these statistics for those of the batch."""
-
-        def normalises(name: str) -> Hook:
-            def normalise(norm: Any, arguments: tuple[Any, ...], output: Any) -> Tensor:
-                mean, variance = statistics[name]["mean"], statistics[name]["variance"]
-                return F.batch_norm(arguments[0], mean, variance, norm.weight, norm.bias, False, 0.0, norm.eps)
-
-            return normalise
-
-        hooks = {name: normalises(name) for name in self._norms}
-        return self._objective.predict_hooked(params, inputs, Moment(0, None), hooks)
+        # A batch norm that has them, and is not in training, uses them.
+        buffers = {
+            f"{name}.{buffer}": statistics[name][kind]
+            for name in self._norms
+            for buffer, kind in (("running_mean", "mean"), ("running_var", "variance"))
+        }
+        return self._objective.predict({**params, **buffers}, inputs, Moment(0, None))

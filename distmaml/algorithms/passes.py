@@ -125,7 +125,13 @@ def linear_head(objective: Objective, algorithm: str) -> nn.Linear:
 
 
 def one_hot(labels: Tensor, num_ways: int, like: Tensor) -> Tensor:
-    """``[num_samples] -> [num_samples, num_ways]``, of the type of `like`; F.one_hot looks at values, vmap has none."""
+    """``[num_samples] -> [num_samples, num_ways]``, of the type of `like`; F.one_hot looks at values, vmap has none.
+
+    Raises:
+      ConfigError: targets that are no labels.
+    """
+    if labels.is_floating_point():
+        raise ConfigError("prototypes and matches are of classes, and these tasks have values for targets; take maml.")
     return (labels.unsqueeze(-1) == torch.arange(num_ways, device=labels.device)).to(like.dtype)
 
 

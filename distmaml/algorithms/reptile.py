@@ -108,7 +108,7 @@ def _scaled(grads: Params, before: Moments) -> tuple[Params, Moments]:
     """Adam's step of length 1 without momentum, and the moments after it (Kingma and Ba, 2015)."""
     squares = tree_map(lambda v, g: BETA * v + (1 - BETA) * g * g, before.squares, grads)
     num_squares = before.num_squares + 1
-    bias = 1 - BETA**num_squares
+    bias = -torch.expm1(num_squares * math.log(BETA))
     return tree_map(lambda g, v: g / ((v / bias).sqrt() + EPSILON), grads, squares), Moments(squares, num_squares)
 
 

@@ -1,0 +1,379 @@
+"""Published experiments once more, for as many tasks as one has time for: each recipe and seed is a run and a row.
+
+The same command again goes on where it was stopped: the name of a run is a function of what it is, so that a row that
+is there is left alone, and a run that was interrupted goes on.
+"""
+
+import hashlib
+import json
+import math
+import os
+import platform
+import re
+import shlex
+import tempfile
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Annotated, Any, NamedTuple
+
+import tyro
+
+from distmaml import checkpoint, comparison, driver, experiment, paths, workers
+from distmaml.comparison import Figure, Row, figure_text, published_text
+from distmaml.config import Config, as_recipe, flatten, is_repeated, override, parse_field, read, to_json
+from distmaml.errors import ConfigError, DistmamlError, RunError, unknown
+from distmaml.interrupt import interruptible
+from distmaml.progress import say
+from distmaml.published import PUBLISHED
+from distmaml.recipes import RECIPES
+from distmaml.segments import Point, committed_segments, committed_step, read_points
+from distmaml.tracking.outbox import Outbox
+
+LEAST_TEST_EPISODES = 600
+NUM_VALIDATIONS, NUM_CHECKPOINTS = 12, 60
+"""Of a run. A crash costs a 60th of it: some minutes of one that takes a night."""
+SCHEDULES = ("annealing_steps", "first_order_steps")
+"""Fields that count outer steps of the paper's protocol."""
+DECIDED = {
+    "num_outer_steps": "--tasks", "seed": "--seeds", "num_test_episodes": "--num-test-episodes",
+    "data_dir": "--data-dir", "num_workers": "--num-workers", "output_dir": "--output-dir",
+    "name": "the row", "resume": "the run's folder", "inductive": "the objective",
+    **dict.fromkeys(("recipe", "algorithm", "objective", "tasks", "num_ways", "num_shots"), "the recipe"),
+}  # fmt: skip
+"""Fields that --set may not change, and what says how they are."""
+
+
+@dataclass(frozen=True)
+class Request:
+    """What is to be reproduced."""
+
+    recipes: Annotated[tyro.conf.Positional[tuple[str, ...]], tyro.conf.arg(metavar="RECIPE ...")] = ()
+    """Recipes to train; --list shows them."""
+    tasks: int | None = None
+    """Tasks to train each for, as in 48000; the outer steps are as many as that takes."""
+    seeds: tuple[int, ...] = (0,)
+    """Seeds, of each a run. Other seeds have other test episodes."""
+    changes: Annotated[
+        tuple[tuple[str, ...], ...], tyro.conf.arg(name="set", metavar="FIELD=VALUE ..."), tyro.conf.UseAppendAction
+    ] = ()
+    """Fields to set otherwise than the recipes have them."""
+    num_test_episodes: int = 1000
+    """Episodes of the test, 600 or more."""
+    data_dir: Path | None = None
+    """Folder with the raw files of the data set."""
+    num_workers: int = 2
+    """Ray workers of each run."""
+    output_dir: Path | None = None
+    """Everything that a run makes lies here. Default: $DISTMAML_HOME, else ~/distmaml."""
+    results: Path = Path("docs/results/reproduction")
+    """Folder of the rows, a JSON file each."""
+    table: Path = Path("docs/RESULTS.md")
+    """File with the table, between its two markers. The picture goes into the folder images beside it."""
+    listing: Annotated[bool, tyro.conf.arg(name="list"), tyro.conf.FlagCreatePairsOff] = False
+    """Only list the recipes with what their papers print and the rows that are there."""
+
+
+class Plan(NamedTuple):
+    """A row to be made.
+
+    Attributes:
+      config: of its run, with a name and absolute paths.
+      overrides: what --set says.
+      schedules: fields that shrink with the outer steps: the recipe's value and that of the run.
+    """
+
+    config: Config
+    tasks: int
+    overrides: dict[str, Any]
+    schedules: dict[str, list[int]]
+    command: str
+
+    @property
+    def name(self) -> str:
+        """Of the run and of the row."""
+        return str(self.config.run.name)
+
+
+def reproduce(request: Request) -> list[str]:
+    """Trains what has no row yet, writes the rows, and writes the table and its picture anew from all rows there are.
+
+    Returns:
+      The rows that could not be made; each was said why.
+
+    Raises:
+      ConfigError, RunError: before any training, what is wrong whatever the data are.
+      KeyboardInterrupt: SIGINT or SIGTERM came; the same command goes on.
+    """
+    with interruptible():
+        plans = [plan._replace(config=workers.checked(plan.config)) for plan in plans_of(request)]
+        comparison.check_table(request.table)
+        comparison.read_rows(request.results)
+        _check_writable(request.results, "--results")
+        _check_writable(comparison.picture_of(request.table).parent, "--table")
+        failed = []
+        for number, plan in enumerate(plans):
+            file = comparison.file_of(request.results, plan.name)
+            if file.exists():
+                say(f"{plan.name} is there: {file}")
+                continue
+            try:
+                say(f"{plan.name} ({number + 1} of {len(plans)}): {plan.config.outer.num_outer_steps} outer steps")
+                _train(plan)
+                row = row_of(plan)
+                comparison.write_row(request.results, row)
+                say(f"{plan.name}: {_in_short(row)}")
+                comparison.write_table(request.table, request.results)
+            except DistmamlError as error:
+                say(f"error: {plan.name}: {error}")
+                failed.append(plan.name)
+            except KeyboardInterrupt:
+                say(f"Stopped in {plan.name}, row {number + 1} of {len(plans)}: the same command goes on with it.")
+                raise
+        comparison.write_table(request.table, request.results)
+    return failed
+
+
+def listing(request: Request) -> str:
+    """The recipes with what their papers print, and the rows that are there, to print."""
+    rows = comparison.read_rows(request.results)
+    table = [("recipe", "published", "rows")]
+    for recipe in RECIPES:
+        mine = [row.name.removeprefix(f"reproduce-{recipe}-") for row in rows if row.recipe == recipe]
+        table.append((recipe, published_text(PUBLISHED.get(recipe)), " ".join(mine) or "-"))
+    widths = [max(len(line[column]) for line in table) for column in range(2)]
+    return "\n".join(f"{recipe:{widths[0]}}  {published:{widths[1]}}  {mine}" for recipe, published, mine in table)
+
+
+# ---------------------------------------------------------------------------------------------------- plans
+
+
+def plans_of(request: Request) -> list[Plan]:
+    """The rows that are asked for, recipe by recipe.
+
+    Raises:
+      ConfigError: an unknown recipe or field, a number that is too small.
+    """
+    if not request.recipes:
+        raise ConfigError("there is nothing to reproduce: name one recipe or more; --list shows them.")
+    if request.tasks is None:
+        raise ConfigError("--tasks does not say for how many tasks to train each, as in --tasks 48000.")
+    if request.tasks < 1:
+        raise ConfigError(f"--tasks {request.tasks} must be 1 or more.")
+    if () in request.changes:
+        raise ConfigError("--set has no field=value behind it, as in --set inner_lr=0.1.")
+    if not request.seeds:
+        raise ConfigError("--seeds must be one whole number or more.")
+    if request.num_test_episodes < LEAST_TEST_EPISODES:
+        raise ConfigError(
+            f"--num-test-episodes {request.num_test_episodes} must be {LEAST_TEST_EPISODES} or more: fewer than the "
+            "papers have would be too wide an interval to compare."
+        )
+    recipes, seeds = dict.fromkeys(request.recipes), dict.fromkeys(request.seeds)
+    return [_plan(request, recipe, request.tasks, seed) for recipe in recipes for seed in seeds]
+
+
+def _plan(request: Request, recipe: str, tasks: int, seed: int) -> Plan:
+    if recipe not in RECIPES:
+        raise ConfigError(unknown("recipe", recipe, RECIPES))
+    config, overrides = _changed(RECIPES[recipe](), [text for texts in request.changes for text in texts])
+    num_outer_steps = math.ceil(tasks / config.outer.meta_batch_size)
+    schedules = _shrunk(config, num_outer_steps, overrides)
+    derived = {
+        "num_outer_steps": num_outer_steps,
+        "val_every": math.ceil(num_outer_steps / NUM_VALIDATIONS),
+        "checkpoint_every": math.ceil(num_outer_steps / NUM_CHECKPOINTS),
+        "num_test_episodes": request.num_test_episodes,
+        "inductive": config.objective == "classification",
+        "seed": seed,
+        "name": _name(request, recipe, seed, overrides),
+        "num_workers": request.num_workers,
+        "output_dir": request.output_dir,
+        **({"data_dir": request.data_dir} if "data_dir" in flatten(config) else {}),
+        **{field: value for field, (_, value) in schedules.items()},
+    }
+    config = override(config, {field: value for field, value in derived.items() if field not in overrides})
+    return Plan(config, tasks, overrides, schedules, _command(request, recipe, seed))
+
+
+def _changed(config: Config, texts: Sequence[str]) -> tuple[Config, dict[str, Any]]:
+    """The configuration with what --set says, and that by field, as JSON has it."""
+    fields = []
+    for text in texts:
+        field, separator, value = text.partition("=")
+        if not separator:
+            raise ConfigError(f"--set {text} must be field=value, as in inner_lr=0.1.")
+        if field in DECIDED:
+            raise ConfigError(f"--set {text} is not possible: {field} follows from {DECIDED[field]}.")
+        known = flatten(config).keys()
+        if field not in known:
+            raise ConfigError(f"--set {text} for {config.recipe}: {unknown('field', field, known - DECIDED.keys())}")
+        try:
+            config = override(config, {field: parse_field(config, field, value)})
+        except ConfigError as error:
+            raise ConfigError(f"--set {text} for {config.recipe}: {error}") from None
+        fields.append(field)
+    return config, {field: to_json(config)[field] for field in sorted(fields)}
+
+
+def _shrunk(config: Config, num_outer_steps: int, overrides: dict[str, Any]) -> dict[str, list[int]]:
+    """What counts outer steps: the recipe's value, and the same share of so many steps as it is of the paper's."""
+    published, flat = PUBLISHED.get(config.recipe), flatten(config)
+    of_paper = config.outer.num_outer_steps if published is None else published.num_outer_steps
+    return {
+        field: [flat[field], math.ceil(flat[field] * num_outer_steps / of_paper)]
+        for field in SCHEDULES
+        if flat.get(field) and field not in overrides
+    }
+
+
+def _name(request: Request, recipe: str, seed: int, overrides: dict[str, Any]) -> str:
+    own = dict(overrides)
+    if request.num_test_episodes != Request.num_test_episodes:
+        own["num_test_episodes"] = request.num_test_episodes
+    mark = "-" + hashlib.sha256(json.dumps(own, sort_keys=True).encode()).hexdigest()[:8] if own else ""
+    return f"reproduce-{recipe}-{request.tasks}{mark}-s{seed}"
+
+
+def _command(request: Request, recipe: str, seed: int) -> str:
+    changes = [text for texts in request.changes for text in texts]
+    words = ["python", "jobs/reproduce.py", recipe, "--tasks", str(request.tasks), "--seeds", str(seed)]
+    words += ["--set", *changes] if changes else []
+    words += ["--num-test-episodes", str(request.num_test_episodes), "--num-workers", str(request.num_workers)]
+    words += ["--data-dir", "DIR"] if request.data_dir else []
+    return shlex.join(words)
+
+
+def _check_writable(folder: Path, option: str) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise RunError(f"cannot write in {folder} ({error}). Name another place by {option}.") from error
+
+
+# ----------------------------------------------------------------------------------------------------- rows
+
+
+def _train(plan: Plan) -> None:
+    """Trains and tests a run, from where it stands.
+
+    Raises:
+      DistmamlError: as `driver.train`, or what lies there under its name is another run.
+    """
+    folder = paths.run_folder(plan.config)
+    if checkpoint.steps(paths.checkpoints(folder)) and paths.config_file(folder).exists():
+        if not is_repeated(to_json(read(paths.config_file(folder))), plan.config):
+            raise RunError(
+                f"{folder} holds a run of that name that was trained with other settings. Move it away, or name "
+                "another --output-dir."
+            )
+        if experiment.status(folder) == "FINISHED":
+            say(f"It is trained already: the row is that of the run in {folder}.")
+            return
+    driver.train(plan.config)
+
+
+def row_of(plan: Plan) -> Row:
+    """What the run of a plan came to, by the files in its folder."""
+    folder = paths.run_folder(plan.config)
+    config, tested = read(paths.config_file(folder)), json.loads((folder / "evaluation-test.json").read_text())
+    points = [point for segment in committed_segments(paths.metrics(folder), -1) for point in read_points(segment)]
+    scores, done = tested["scores"], committed_step(paths.metrics(folder))
+    is_loss = "query_accuracy" not in scores["transductive"]
+    metric = "query_loss" if is_loss else "query_accuracy"
+    num_steps = len(scores["transductive"][metric]) - 1
+
+    def shown(value: float | None) -> float | None:
+        return None if value is None or not math.isfinite(value) else (value if is_loss else 100 * value)
+
+    def figure(mode: str, step: int) -> Figure:
+        return {name: shown(value) for name, value in scores[mode][metric][step].items()}
+
+    validation = [(point.step, shown(point.values[f"val/{metric}"])) for point in points
+                  if f"val/{metric}" in point.values]  # fmt: skip
+    published, of_paper = PUBLISHED.get(config.recipe), None
+    if published is not None:
+        of_paper = done * config.outer.meta_batch_size / (published.num_outer_steps * published.meta_batch_size)
+    algorithm, setting = described(config.recipe)
+    return Row(
+        name=plan.name,
+        recipe=config.recipe,
+        algorithm=algorithm,
+        setting=setting,
+        command=plan.command,
+        overrides=plan.overrides,
+        schedules=plan.schedules,
+        seed=config.outer.seed,
+        tasks=plan.tasks,
+        outer_steps=done,
+        share_of_paper=of_paper,
+        chosen_step=tested["outer_steps"],
+        published=published,
+        unit="mean squared error" if is_loss else "percent",
+        inner_steps=num_steps,
+        transductive=figure("transductive", num_steps),
+        inductive=figure("inductive", num_steps) if "inductive" in scores else None,
+        num_test_episodes=tested["num_episodes"],
+        query_loss={str(step): figure("transductive", step) for step in (1, 5, 10) if is_loss and step <= num_steps},
+        validation=validation,
+        still_rose=still_rose(validation, lower_is_better=is_loss),
+        minutes=minutes_of(Outbox(folder), points),
+        cpu_seconds=config.cluster.team[1] * sum(point.values.get("system/cpu_seconds", 0.0) for point in points),
+        num_workers=config.cluster.team[1],
+        commit=tested["commit"],
+        dataset=tested["dataset"],
+        date=datetime.fromtimestamp(points[-1].timestamp_ms / 1000, UTC).date().isoformat(),
+        machine={"processor": _processor(), "cores": os.cpu_count()},
+        config={field: value for field, value in as_recipe(config).items() if field != "data_dir"},
+    )
+
+
+def described(recipe: str) -> tuple[str, str]:
+    """Algorithm and setting of a recipe as a table has them: "imaml-hf" and "omniglot 5-way 1-shot"."""
+    flat = flatten(RECIPES[recipe]())
+    algorithm = flat["algorithm"].replace("_", "-")
+    data, _, rest = recipe.partition(f"-{algorithm}")
+    ways = f" {flat['num_ways']}-way" if "num_ways" in flat else ""
+    return algorithm + re.sub(r"-(\d+w)?\d+s(?=-|$)", "", rest), f"{data}{ways} {flat['num_shots']}-shot"
+
+
+def still_rose(validation: Sequence[tuple[int, float | None]], *, lower_is_better: bool) -> float | None:
+    """How much better the last validation is than the last one of the first two thirds of the outer steps.
+
+    Args:
+      validation: outer step and value of each, in order; None for a value that is not finite.
+    """
+    early = [value for step, value in validation if 3 * step <= 2 * validation[-1][0]][-1:] or [None]
+    before, last = early[0], validation[-1][1] if validation else None
+    return None if before is None or last is None else (before - last if lower_is_better else last - before)
+
+
+def minutes_of(outbox: Outbox, points: Sequence[Point]) -> float:
+    """By the clock from each start of a run to its end; to its last point where it was killed outright."""
+    marks = [(record["timestamp_ms"], record["kind"]) for record in outbox.records()
+             if record["kind"] in ("started", "ended")]  # fmt: skip
+    milliseconds = 0
+    for (begun, kind), (end, what) in zip(marks, [*marks[1:], (math.inf, "nothing")], strict=True):
+        if kind == "started":
+            seen = [point.timestamp_ms for point in points if begun <= point.timestamp_ms < end]
+            milliseconds += (end if what == "ended" else max(seen, default=begun)) - begun
+    return milliseconds / 60_000
+
+
+def _in_short(row: Row) -> str:
+    ours = figure_text(row.transductive, row.unit), figure_text(row.inductive, row.unit)
+    unit = "%" if row.unit == "percent" else row.unit
+    return f"{ours[0]} {unit} transductive, {ours[1]} inductive; published {published_text(row.published)}"
+
+
+def _processor() -> str:
+    """The model of the processor."""
+    with suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.machine()

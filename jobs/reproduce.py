@@ -1,0 +1,24 @@
+"""Trains published experiments for a number of tasks, and writes what they come to beside what their papers print."""
+
+import sys
+
+import tyro
+
+from distmaml import cli, comparison, reproduction
+
+
+def main(request: reproduction.Request) -> int:
+    """Reproduces, or lists what there is; status 2 where a row could not be made."""
+    if request.listing:
+        print(reproduction.listing(request))
+        return 0
+    failed = reproduction.reproduce(request)
+    for name in failed:
+        print(f"failed   {name}")
+    print(f"table    {request.table}")
+    print(f"picture  {comparison.picture_of(request.table)}")
+    return 2 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(cli.guarded(lambda: main(tyro.cli(reproduction.Request, prog="jobs/reproduce.py", description=__doc__))))
