@@ -32,7 +32,7 @@ from distmaml.episodes import TaskBatch
 from distmaml.inner import Params
 from distmaml.limits import check
 from distmaml.outer import chunk_sum
-from distmaml.recipes import omniglot_maml_5w1s
+from distmaml.recipes.omniglot import omniglot_maml_5w1s
 from distmaml.trees import tree_to
 from distmaml.worker import LocalWorker
 

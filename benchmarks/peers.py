@@ -34,7 +34,7 @@ from distmaml.inner import Params
 from distmaml.models.conv4 import Conv4
 from distmaml.objectives import initial_params
 from distmaml.outer import chunk_sum
-from distmaml.recipes import omniglot_maml_5w1s
+from distmaml.recipes.omniglot import omniglot_maml_5w1s
 from distmaml.trees import tree_add, tree_index, tree_leaves
 
 NUM_WAYS, NUM_SHOTS, NUM_QUERIES = 5, 1, 15

@@ -40,7 +40,7 @@ from distmaml import paths, space
 from distmaml.config import override
 from distmaml.interrupt import Interrupt
 from distmaml.journal import Journal
-from distmaml.recipes import sinusoid_maml_5s
+from distmaml.recipes.sinusoid import sinusoid_maml_5s
 from distmaml.search import TIME, Trial
 from distmaml.searchers import searcher
 from distmaml.segments import SegmentWriter

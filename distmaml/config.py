@@ -155,7 +155,7 @@ class Cluster:
 
 @dataclass(frozen=True)
 class Config:
-    """A complete run. `recipes.py` has ready ones."""
+    """A complete run. `recipes` has ready ones."""
 
     recipe: str = "custom"
     """Name of the recipe this configuration started from."""

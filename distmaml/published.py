@@ -51,7 +51,10 @@ _NO_ROW = "The paper has no such row. Steps and tasks are those of Finn et al. (
 _NOT_VERIFIED = "The paper's figure is not verified. Steps and tasks are those of Finn et al. (2017)."
 _AS_MANY_QUERIES_AS_SHOTS = "As many query images as shots, hence the wide interval."
 _ENSEMBLE = "An ensemble of the 5 models that are best in validation; ours is one model."
-_MANY_WAYS = "Trained with more ways than tested, one episode a step, until it converged; the steps are ours."
+_MANY_WAYS = (
+    "Trained with more ways than tested, one episode a step, until it converged. Steps, and tasks that stand for that "
+    "episode, are the recipe's."
+)
 _OTHER_RATES = "The README of the authors' code names other hyper-parameters for this row."
 
 
@@ -87,8 +90,10 @@ def _reptile(value: float, half_width: float, transductive: str, *, steps: int) 
     return _published(_REPTILE, value, half_width, steps=steps, tasks=5, mode="inductive", remark=remark)
 
 
-def _by_metric(paper: tuple[str, str], value: float, half_width: float | None = None, *, remark: str) -> Published:
-    return _published(paper, value, half_width, steps=20_000, tasks=1, mode="inductive", remark=remark)
+def _by_metric(
+    paper: tuple[str, str], value: float, half_width: float | None = None, *, tasks: int, remark: str = _MANY_WAYS
+) -> Published:
+    return _published(paper, value, half_width, steps=20_000, tasks=tasks, mode="inductive", remark=remark)
 
 
 PUBLISHED: dict[str, Published] = {
@@ -124,11 +129,13 @@ PUBLISHED: dict[str, Published] = {
         _META_LSTM, None, steps=75_000, tasks=1,
         remark="The paper has no such row. Steps and tasks are those of its mini-ImageNet.",
     ),
-    "omniglot-prototypical-networks-5w1s": _by_metric(_PROTOTYPICAL, 98.8, remark=_MANY_WAYS),
-    "omniglot-prototypical-networks-5w5s": _by_metric(_PROTOTYPICAL, 99.7, remark=_MANY_WAYS),
-    "omniglot-prototypical-networks-20w1s": _by_metric(_PROTOTYPICAL, 96.0, remark=_MANY_WAYS),
-    "omniglot-prototypical-networks-20w5s": _by_metric(_PROTOTYPICAL, 98.9, remark=_MANY_WAYS),
-    "omniglot-matching-networks-5w1s": _by_metric(_MATCHING, 98.1, remark="Steps and tasks are ours."),
+    "omniglot-prototypical-networks-5w1s": _by_metric(_PROTOTYPICAL, 98.8, tasks=12),
+    "omniglot-prototypical-networks-5w5s": _by_metric(_PROTOTYPICAL, 99.7, tasks=12),
+    "omniglot-prototypical-networks-20w1s": _by_metric(_PROTOTYPICAL, 96.0, tasks=3),
+    "omniglot-prototypical-networks-20w5s": _by_metric(_PROTOTYPICAL, 98.9, tasks=3),
+    "omniglot-matching-networks-5w1s": _by_metric(
+        _MATCHING, 98.1, tasks=12, remark="Steps and tasks are the recipe's."
+    ),
     "omniglot-fine-tuning-5w1s": _published(_FINE_TUNING, None, remark=_NO_ROW),
     # ----------------------------------------------------------------------------------- mini-ImageNet
     "mini-imagenet-maml-5w1s": _maml(48.70, 1.84, tasks=4),
@@ -159,10 +166,11 @@ PUBLISHED: dict[str, Published] = {
     "mini-imagenet-meta-lstm-5w1s": _published(
         _META_LSTM, 43.44, 0.77, steps=75_000, tasks=1, remark="Steps and tasks are those of the authors' code."
     ),
-    "mini-imagenet-prototypical-networks-5w1s": _by_metric(_PROTOTYPICAL, 49.42, 0.78, remark=_MANY_WAYS),
-    "mini-imagenet-prototypical-networks-5w5s": _by_metric(_PROTOTYPICAL, 68.20, 0.66, remark=_MANY_WAYS),
+    "mini-imagenet-prototypical-networks-5w1s": _by_metric(_PROTOTYPICAL, 49.42, 0.78, tasks=4),
+    "mini-imagenet-prototypical-networks-5w5s": _by_metric(_PROTOTYPICAL, 68.20, 0.66, tasks=4),
     "mini-imagenet-matching-networks-5w1s": _by_metric(
-        _MATCHING, 43.40, remark="Without full-context embeddings, as quoted by later papers. Steps and tasks are ours."
+        _MATCHING, 43.40, tasks=4,
+        remark="Without full-context embeddings, as later papers quote it. Steps and tasks are the recipe's.",
     ),
     "mini-imagenet-fine-tuning-5w1s": _published(
         _META_LSTM, 28.86, tasks=4, remark="The whole network is tuned there. Steps and tasks are Finn et al.'s (2017)."
@@ -182,10 +190,10 @@ PUBLISHED: dict[str, Published] = {
         _CAVIA, None, steps=50_000, tasks=25, remark="The paper has no such row. Steps and tasks are those of 10 shots."
     ),
     "sinusoid-reptile-10s": _published(
-        _REPTILE, None, steps=30_000, tasks=25, remark="The paper has other waves. Steps and tasks are ours."
+        _REPTILE, None, steps=30_000, tasks=25, remark="The paper has other waves. Steps and tasks are the recipe's."
     ),
     "sinusoid-imaml-5s": _published(
-        _IMAML, None, steps=20_000, tasks=25, remark="The paper has no such row. Steps and tasks are ours."
+        _IMAML, None, steps=20_000, tasks=25, remark="The paper has no such row. Steps and tasks are the recipe's."
     ),
 }  # fmt: skip
 """Recipe -> what its paper prints. Recipes of data that no paper has are not among them."""

@@ -13,7 +13,7 @@ from benchmarks.pipeline import CHECKPOINT, EPISODES, GRADIENT, PARTS, REST, WHO
 from distmaml import collectives, loop, outer
 from distmaml.config import override
 from distmaml.meter import Meter
-from distmaml.recipes import glyphs_maml_5w1s
+from distmaml.recipes.glyphs import glyphs_maml_5w1s
 from distmaml.recorder import Recorder
 
 # -------------------------------------------------------------------------------------------------- growth

@@ -22,7 +22,7 @@ from distmaml.episodes import Batch, Episode
 from distmaml.models.conv4 import Conv4
 from distmaml.objectives import Objective, classification, initial_params, objective
 from distmaml.outer import chunk_sum, init_outer, outer_step
-from distmaml.recipes import glyphs_maml_5w1s
+from distmaml.recipes.glyphs import glyphs_maml_5w1s
 from distmaml.worker import LocalWorker
 from tests import oracles
 

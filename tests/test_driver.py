@@ -31,7 +31,8 @@ from distmaml.errors import (
     RunError,
     TrackingError,
 )
-from distmaml.recipes import glyphs_maml_5w1s, sinusoid_maml_5s
+from distmaml.recipes.glyphs import glyphs_maml_5w1s
+from distmaml.recipes.sinusoid import sinusoid_maml_5s
 from distmaml.segments import committed_segments, read_points
 from distmaml.worker import LocalWorker, Worker
 from tests.conftest import Job, StartJob

@@ -9,7 +9,9 @@ from distmaml import findings, space
 from distmaml.board import Board
 from distmaml.config import override
 from distmaml.journal import History, Journal
-from distmaml.recipes import default_space, glyphs_maml_5w1s, sinusoid_maml_5s
+from distmaml.recipes import default_space
+from distmaml.recipes.glyphs import glyphs_maml_5w1s
+from distmaml.recipes.sinusoid import sinusoid_maml_5s
 
 ACCURACY, LOSS = glyphs_maml_5w1s().evaluation, sinusoid_maml_5s().evaluation
 TRIALS = [

@@ -19,7 +19,7 @@ from distmaml.errors import ConfigError, DataError
 from distmaml.models.conv4 import Conv4
 from distmaml.objectives import classification, initial_params
 from distmaml.outer import chunk_sum
-from distmaml.recipes import glyphs_maml_5w1s
+from distmaml.recipes.glyphs import glyphs_maml_5w1s
 from distmaml.store import ClassRows
 from distmaml.tasks.images import ImageTasks
 from distmaml.worker import LocalWorker

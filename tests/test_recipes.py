@@ -48,7 +48,6 @@ def test_a_recipe_passes_its_checks_under_the_name_of_its_function(name: str) ->
     config = RECIPES[name]()
     check(config)
     assert config.recipe == name == RECIPES[name].__name__.replace("_", "-")
-    assert getattr(recipes, RECIPES[name].__name__) is RECIPES[name]
 
 
 @pytest.mark.parametrize("name", RECIPES)
@@ -101,14 +100,9 @@ def test_a_recipe_is_as_long_as_its_protocol(name: str) -> None:
     assert RECIPES[name]().outer.num_outer_steps == SHORT.get(name, PUBLISHED[name].num_outer_steps)
 
 
-@pytest.mark.parametrize("name", [name for name in PUBLISHED if name not in SHORT])
-def test_a_step_has_as_many_tasks_as_the_protocol_or_the_recipe_says_why_not(name: str) -> None:
-    tasks = RECIPES[name]().outer.meta_batch_size
-    if RECIPES[name]().algorithm in ("prototypical_networks", "matching_networks"):
-        assert PUBLISHED[name].meta_batch_size == 1  # one large episode, which several small ones stand for
-        assert tasks > 1
-    else:
-        assert tasks == PUBLISHED[name].meta_batch_size
+@pytest.mark.parametrize("name", sorted(PUBLISHED.keys() - {"omniglot-maml-5w5s"}))  # which says that it has fewer
+def test_a_step_has_as_many_tasks_as_the_protocol(name: str) -> None:
+    assert RECIPES[name]().outer.meta_batch_size == PUBLISHED[name].meta_batch_size
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
@@ -179,7 +173,7 @@ def test_a_step_on_the_mean_is_the_papers_step_on_the_sum(num_ways: int, num_sho
     each = torch.nn.functional.cross_entropy(samples @ weight, labels, reduction="none")
     (theirs,) = torch.autograd.grad((each / num_shots).sum(), weight, retain_graph=True)
     (ours,) = torch.autograd.grad(each.mean(), weight)
-    torch.testing.assert_close(recipes._on_the_mean(summed, num_ways) * ours, summed * theirs)
+    torch.testing.assert_close(recipes.shared.on_the_mean(summed, num_ways) * ours, summed * theirs)
 
 
 def test_the_papers_own_maml_differs_from_ours_in_what_it_says_alone() -> None:

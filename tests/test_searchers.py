@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from distmaml.errors import ConfigError
-from distmaml.recipes import glyphs_maml_5w1s
+from distmaml.recipes.glyphs import glyphs_maml_5w1s
 from distmaml.searchers import Tried, searcher
 from distmaml.space import parse
 

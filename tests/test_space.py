@@ -10,7 +10,7 @@ import pytest
 
 from distmaml.config import Config, override
 from distmaml.errors import ConfigError
-from distmaml.recipes import glyphs_maml_5w1s
+from distmaml.recipes.glyphs import glyphs_maml_5w1s
 from distmaml.space import Search, check_search, check_space, grid, parse, read, sample, stages, to_text
 
 CONFIG = glyphs_maml_5w1s()

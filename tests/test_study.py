@@ -19,7 +19,9 @@ from distmaml.config import Config, flatten, override, read
 from distmaml.episodes import TaskBatch
 from distmaml.errors import ConfigError, DistmamlError, RunError, TrackingError
 from distmaml.journal import Journal
-from distmaml.recipes import default_space, glyphs_maml_5w1s, image_folder_maml
+from distmaml.recipes import default_space
+from distmaml.recipes.glyphs import glyphs_maml_5w1s
+from distmaml.recipes.pictures import image_folder_maml
 from distmaml.search import Trial
 from distmaml.space import Search
 from distmaml.tasks.images import ImageTasks

@@ -15,7 +15,7 @@ from mlflow import MlflowClient
 
 from distmaml import experiment
 from distmaml.config import override
-from distmaml.recipes import sinusoid_maml_5s
+from distmaml.recipes.sinusoid import sinusoid_maml_5s
 from distmaml.tracking.database import open_tracking
 from distmaml.tracking.outbox import Outbox
 from distmaml.tracking.runs import TrackedRun

@@ -22,7 +22,7 @@ from mlflow.entities import Metric
 from distmaml import driver, ray_cluster
 from distmaml.config import override
 from distmaml.errors import TrackingError
-from distmaml.recipes import sinusoid_maml_5s
+from distmaml.recipes.sinusoid import sinusoid_maml_5s
 from distmaml.tracking.database import experiment_id, open_tracking
 from distmaml.tracking.outbox import Outbox
 from distmaml.tracking.runs import TrackedRun, sweep
