@@ -98,7 +98,7 @@ def _distmaml(workload: Workload, precision: str, device: torch.device) -> Calla
     )
     module = module_of(workload, torch.float32)
     learner = build.learner(config, build.Shapes((), NUM_WAYS), device, module=module)
-    summed = gpu.replayed(partial(chunk_sum, learner.algorithm, learner.meta_params), device, steady=True)
+    summed = gpu.replayed(partial(chunk_sum, learner.algorithm, learner.meta_params), device, steady_from=0)
     return lambda tasks: summed(tasks, 0)[0]
 
 

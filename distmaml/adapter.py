@@ -5,6 +5,7 @@ adapted = model.adapt(Batch(images, labels))
 probabilities = adapted.predict(new_images)
 """
 
+import copy
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from distmaml.datasets.images import read_image
 from distmaml.episodes import Batch
 from distmaml.errors import CheckpointError, ConfigError, DataError, first_line
 from distmaml.files import absolute
+from distmaml.inner import hvp_mode
 from distmaml.limits import check
 from distmaml.objectives import Objective
 from distmaml.options import ImageTaskOptions
@@ -70,7 +72,10 @@ class FewShotModel:
         steps = self.config.evaluation.num_eval_steps if num_steps is None else num_steps
         if steps < 0:
             raise ConfigError(f"num_steps={steps} must be 0 or more.")
-        state = self._learner.algorithm.adapt(self._learner.meta_params, Batch(inputs, targets), num_steps=steps)[-1]
+        algorithm, meta_params = self._learner.algorithm, self._learner.meta_params
+        # One task needs no engine that lays many side by side, and this one knows all operators.
+        with torch.no_grad(), hvp_mode("graph"):
+            state = algorithm.adapt(meta_params, Batch(inputs, targets), num_steps=steps)[-1]
         return AdaptedModel(self, state, inputs, targets)
 
     def read_pictures(self, files: Sequence[str | Path]) -> Tensor:
@@ -205,8 +210,8 @@ def load(
         )
     module = model() if model else None
     try:
-        if module is None and algorithm is None:
-            _check_size(config, shapes, tensors, objective)
+        if algorithm is None:
+            _check_size(config, shapes, tensors, objective, copy.deepcopy(module))
         learner = build.learner(
             config, shapes, torch.device("cpu"), module=module, objective=objective, algorithm=algorithm
         )
@@ -221,11 +226,12 @@ def _check_size(
     shapes: build.Shapes,
     tensors: Mapping[str, Tensor],
     objective: Callable[[nn.Module], Objective] | None,
+    module: nn.Module | None,
 ) -> None:
     """That a file holds the parameters of the model that it describes, before memory is taken for them.
 
     A header of a kilobyte can describe terabytes.
     """
     with torch.device("meta"):  # which knows shapes and has no numbers
-        described = build.learner(config, shapes, torch.device("meta"), objective=objective)
+        described = build.learner(config, shapes, torch.device("meta"), module=module, objective=objective)
     load_meta_params(described.meta_params, tensors)

@@ -16,6 +16,11 @@ def all_reduce(buffer: Tensor) -> Tensor:
     return buffer
 
 
+def total(number: float, device: torch.device) -> float:
+    """The sum of a number over all workers, on every worker."""
+    return float(all_reduce(torch.tensor([number], dtype=torch.float64, device=device)))
+
+
 def from_first(number: int, device: torch.device) -> int:
     """Rank 0's number, on every worker."""
     buffer = torch.tensor([number], device=device)

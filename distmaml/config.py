@@ -47,7 +47,7 @@ class Outer:
     final_lr_fraction: float = 0.01
     """Share of outer_lr that the cosine and linear schedules end with."""
     weight_decay: float = 0.0
-    """Weight decay of the outer optimiser (decoupled for adamw)."""
+    """Weight decay of the outer optimiser (decoupled for adamw), on all that is learned: rates and curvature too."""
     clip_norm: float | None = None
     """Scale the meta-gradient down to this Euclidean norm when it is larger."""
     reduction: Literal["ordered", "plain"] = "ordered"
@@ -209,8 +209,8 @@ def flatten(config: Any) -> dict[str, Any]:
 def override(config: Config, values: Mapping[str, Any]) -> Config:
     """The configuration with some fields replaced, by flat names.
 
-    A new algorithm, model or task name brings its own options; those that it shares by name with the old ones keep
-    their values.
+    A new algorithm, model or task name brings its own options. Those that a model or tasks share by name with the old
+    ones keep their values; those of an algorithm, where it has the same options as the old one.
 
     Raises:
       ConfigError: a field or a table's name that does not exist.
@@ -233,7 +233,9 @@ def _select(config: Config, selector: str, name: str, table: dict[str, type], cu
         raise ConfigError(f"{unknown(selector, name, table)} Your own is named package.module:attribute.")
     kind = custom if is_custom(name) else table[name]
     old = getattr(config, group)
-    shared = {f.name: getattr(old, f.name) for f in dataclasses.fields(kind) if hasattr(old, f.name)}
+    # A rate of one algorithm means nothing to another that does not have the same options: iMAML's, Reptile's, CAVIA's.
+    shares = selector != "algorithm" or type(old) is kind
+    shared = {f.name: getattr(old, f.name) for f in dataclasses.fields(kind) if shares and hasattr(old, f.name)}
     changes: dict[str, Any] = {selector: name, group: kind(**shared)}
     return dataclasses.replace(config, **changes)
 

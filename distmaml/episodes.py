@@ -42,7 +42,10 @@ TaskBatch: TypeAlias = Episode
 
 
 class TaskDistribution(Protocol):
-    """Where tasks come from."""
+    """Where tasks come from.
+
+    One whose episodes carry `classes` also has `num_classes`, how many the split has.
+    """
 
     def sample(self, indices: Sequence[int]) -> TaskBatch:
         """The tasks with these indices, stacked in their order.

@@ -14,22 +14,24 @@ OnTasks: TypeAlias = Callable[[TaskBatch, int], Tree]
 """``(tasks, outer step) -> tree of tensors``."""
 
 
-def replayed(function: OnTasks, device: torch.device, *, steady: bool) -> OnTasks:
+def replayed(function: OnTasks, device: torch.device, *, steady_from: int | None) -> OnTasks:
     """The function, recorded as a CUDA graph for each shape of its tasks and then replayed.
 
     A meta-gradient is thousands of small kernels, and a CPU takes longer to start one than the GPU to run it. Whatever
     else the function reads must stay where it is in memory; its results are copies. On another device, or where it is
-    not `steady`, it is the function itself; and one that cannot be recorded, because it looks at a value on the way,
+    not steady, it is the function itself; and one that cannot be recorded, because it looks at a value on the way,
     runs as it is, which is said once.
 
     Args:
-      steady: whether the function does the same whatever the outer step is.
+      steady_from: the outer step from which on the function does the same at every step; None for never.
     """
-    if device.type != "cuda" or not steady:
+    if device.type != "cuda" or steady_from is None:
         return function
     recorded: dict[Any, _Recording | None] = {}
 
     def call(tasks: TaskBatch, step: int) -> Tree:
+        if step < steady_from:
+            return function(tasks, step)
         leaves = tree_leaves(tasks)
         shapes = tuple((leaf.shape, leaf.dtype) if leaf is not None else None for leaf in leaves)
         if shapes not in recorded:

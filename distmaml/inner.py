@@ -310,8 +310,8 @@ def linearize(
 
 def _constant(loss_fn: LossFn, params: Params, context: Tree, inner_step: int) -> Linearization:
     """The gradient of the support loss as if it did not change."""
-    zeros = tree_map(torch.zeros_like, (params, context))
-    return Linearization(gradient(loss_fn, params, context, inner_step), lambda vector: zeros)
+    grads = gradient(loss_fn, params, context, inner_step)
+    return Linearization(grads, lambda vector: tree_map(torch.zeros_like, (params, context)))
 
 
 def _leaves(tree: Tree) -> Tree:

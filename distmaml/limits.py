@@ -45,7 +45,7 @@ def check(config: Config) -> None:
             f"num_workers={num_workers!r:.40} must be 1 or more, or LEAST:MOST, as in 2:8, for as many as there is "
             "room for."
         )
-    for name in ("num_inner_steps", "num_eval_steps"):
+    for name in ("num_inner_steps", "num_eval_steps", "num_cg_steps"):
         if flat.get(name, 1) > MOST_INNER_STEPS:
             raise ConfigError(f"{name}={flat[name]} must be {MOST_INNER_STEPS} or less.")
     if flat.get("num_ways", 2) < 2:

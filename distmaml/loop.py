@@ -19,7 +19,7 @@ from distmaml.errors import DivergenceError
 from distmaml.meter import Meter
 from distmaml.prefetch import prefetched
 from distmaml.recorder import Recorder, check_data, check_origin, file_of
-from distmaml.scoring import Evaluated, Intervals, interval, score
+from distmaml.scoring import Evaluated, Intervals, by_step, interval, score
 from distmaml.selection import Selection, best_of, selected
 from distmaml.trees import floats, named_leaves, tree_to
 from distmaml.worker import Worker
@@ -58,11 +58,10 @@ def train(config: Config, worker: Worker) -> dict[str, float]:
     like = _shape_of_sums(config, worker, learner, tasks["train"])
     summed = gpu.replayed(
         partial(outer.chunk_sum, learner.algorithm, state.meta_params, vectorize=learner.vectorize),
-        worker.device, steady=learner.algorithm.steady,
+        worker.device, steady_from=learner.algorithm.steady_from,
     )  # fmt: skip
     meter = Meter(options.meta_batch_size)
-    values: dict[str, float] = {}
-    done = start
+    values, done = dict[str, float](), start
 
     for step, chunks in prefetched(
         tasks["train"], shards, steps=range(start, start if selection.is_over(evaluation) else options.num_outer_steps),
@@ -92,13 +91,15 @@ def train(config: Config, worker: Worker) -> dict[str, float]:
         last = last or selection.is_over(evaluation)
         improved = improved or (selection.best is None and last)  # a run has a result, whatever it is
         due = done % config.run.checkpoint_every == 0 or last
-        if recorder and (due or done % config.run.log_every == 0):
-            recorder.points(done, {**meter.read(), "system/outer_lr": outer.learning_rate(step, options)})
+        if due or done % config.run.log_every == 0:
+            read = {**meter.read(), "system/outer_lr": outer.learning_rate(step, options)}
+            read["system/cpu_seconds"] = collectives.total(read["system/cpu_seconds"], worker.device)
+            if recorder:
+                recorder.points(done, read)
         if recorder:
             with meter.excluded():
                 if improved:
-                    chosen = {"selection_metric": evaluation.selection_metric, "value": selection.best}
-                    recorder.model(done, named_leaves(state.meta_params), chosen)
+                    recorder.model(done, named_leaves(state.meta_params), evaluation.selection_metric, selection.best)
                 if due or urgent:  # not reported: what is heard of at other times than planned could decide something
                     recorder.checkpoint(done, outer.named_state(state), selection._asdict(), in_turn=due)
                 recorder.progress(done, last=last)
@@ -164,11 +165,8 @@ def _validate(
     config: Config, worker: Worker, learner: build.Learner, meta_params: Any, tasks: dict[str, TaskDistribution]
 ) -> dict[str, float]:
     scores = _score(config, worker, learner, meta_params, tasks, "val", inductive=False)
-    found = {}
-    for metric, intervals in scores["transductive"].items():
-        found.update({f"val/{metric}_step_{k}": value.mean for k, value in enumerate(intervals)})
-        found[f"val/{metric}"] = intervals[-1].mean
-    return found
+    means = [by_step(f"val/{metric}", intervals) for metric, intervals in scores["transductive"].items()]
+    return {name: mean for found in means for name, mean in found.items()}
 
 
 def _restore(config: Config, worker: Worker, state: Any) -> tuple[int, Selection]:

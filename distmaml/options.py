@@ -25,21 +25,29 @@ class InnerLoop:
 
 
 @dataclass(frozen=True)
-class ReptileOptions(InnerLoop):
+class ReptileOptions:
     """Reptile (Nichol et al., 2018): support and query are one pool, from which every inner step draws."""
 
+    inner_lr: float = 0.01
+    """Step size of the inner loop, on the mean loss of a mini-batch; 1e-3 with adam in the paper."""
+    num_inner_steps: int = 5
+    """Inner steps in training, 1 or more."""
     inner_batch_size: int | None = None
     """Samples that an inner step draws in training, without replacement until the pool is used up; the whole pool by
-    default. 10 in the paper."""
+    default. 10 in the paper, 20 with 20 ways."""
     inner_optimizer: Literal["sgd", "adam"] = "sgd"
     """Optimiser of the inner loop. adam is the paper's: without momentum, its second moments kept from task to task."""
 
 
 @dataclass(frozen=True)
-class MamlPlusPlusOptions(InnerLoop):
+class MamlPlusPlusOptions:
     """MAML++ (Antoniou et al., 2019); its cosine schedule is that of the outer loop (schedule). With all of its parts
     off it is maml."""
 
+    inner_lr: float = 0.1
+    """Step size of the inner loop, on the mean loss; the first value of the learned rates."""
+    num_inner_steps: int = 5
+    """Inner steps in training, 1 or more."""
     multi_step_loss: bool = True
     """The query loss after every inner step counts, those before the last less and less."""
     annealing_steps: int = 5000
@@ -57,9 +65,13 @@ class MamlPlusPlusOptions(InnerLoop):
 
 
 @dataclass(frozen=True)
-class ImamlOptions(InnerLoop):
+class ImamlOptions:
     """iMAML (Rajeswaran et al., 2019)."""
 
+    inner_lr: float = 0.1
+    """Step size of the gradient solver, well below 2 / regularization; hessian_free has none."""
+    num_inner_steps: int = 16
+    """Inner steps in training, 1 or more."""
     regularization: float = 2.0
     """lambda: how strongly the inner loop is held back at the initialisation, greater than 0."""
     num_cg_steps: int = 5
@@ -69,9 +81,13 @@ class ImamlOptions(InnerLoop):
 
 
 @dataclass(frozen=True)
-class CaviaOptions(InnerLoop):
+class CaviaOptions:
     """CAVIA (Zintgraf et al., 2019): the inner loop moves a few context parameters alone, which start at 0."""
 
+    inner_lr: float = 1.0
+    """Step size of the context parameters, on the mean loss."""
+    num_inner_steps: int = 2
+    """Inner steps in training, 1 or more."""
     num_context: int = 5
     """Context parameters. 5 for the sinusoid, 100 for mini-ImageNet in the paper."""
     modulated_layer: str | None = None
@@ -86,19 +102,19 @@ class MetaLstmOptions:
     """The LSTM meta-learner (Ravi and Larochelle, 2017)."""
 
     num_inner_steps: int = 8
-    """Inner steps in training, 1 or more. 12 for 1 shot, 8 for 5 in the authors' code."""
+    """Inner steps in training, 1 or more."""
     hidden_size: int = 20
     """Width of the LSTM that looks at gradient and loss before the gates do."""
 
 
 @dataclass(frozen=True)
-class FineTuningOptions(InnerLoop):
-    """A body trained to tell all training classes apart, and a new head for each task."""
+class FineTuningOptions:
+    """A body trained to tell all training classes apart, and a new head for each task, in num_eval_steps steps."""
 
-    num_inner_steps: int = 10
-    """Inner steps on the new head in validation and test, where num_eval_steps does not say otherwise."""
+    inner_lr: float = 0.5
+    """Step size of the new head in validation and test."""
     body_lr: float = 0.0
-    """Step size of the body in the inner loop; 0 leaves it as it was trained."""
+    """Step size of the body there; 0 leaves it as it was trained."""
     num_classes: int | None = None
     """Classes in training, rotations counted. Default: those of the tasks."""
 

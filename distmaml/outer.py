@@ -168,7 +168,7 @@ def load_named_state(state: OuterState, tensors: Mapping[str, Tensor]) -> None:
     """
     found = named_leaves(load_meta_params(state.meta_params, tensors, prefix=META_PARAMS))
     keys = _KEPT_BY[type(state.optimizer)]
-    learned = [name for name in found if not isinstance(state.meta_params, Stateful) or name.startswith("learned.")]
+    learned = list(found)[: len(tree_leaves(learned_part(state.meta_params)))]  # which come first
     kept = {
         f"optimizer/{key}/{name}": torch.zeros(()) if key == "step" else found[name] for name in learned for key in keys
     }

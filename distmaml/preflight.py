@@ -335,10 +335,12 @@ def rehearse(config: Config) -> None:
         ) from error
     judged = sorted(f"val/query_{name}" for name in ("loss", *learner.objective.metrics))
     metric, _, step = config.evaluation.selection_metric.partition("_step_")
-    if metric not in judged or (step and not (step.isdecimal() and int(step) <= config.evaluation.num_eval_steps)):
+    most = config.evaluation.num_eval_steps if learner.algorithm.descends else -1
+    if metric not in judged or (step and not (step.isdecimal() and int(step) <= most)):
+        also = f", each also with _step_0 to _step_{most} behind it" if learner.algorithm.descends else ""
         raise ConfigError(
             f"selection_metric={config.evaluation.selection_metric!r} is not among the metrics of this run: "
-            f"{', '.join(judged)}, each also with _step_0 to _step_{config.evaluation.num_eval_steps} behind it."
+            f"{', '.join(judged)}{also}."
         )
 
 
@@ -348,7 +350,10 @@ def _train_and_score_one(config: Config) -> build.Learner:
     learner = build.learner(config, build.shapes(tasks["train"]), device)
     one, other = (tree_to(tasks[split].sample([0]), device, dtype) for split in ("train", "val"))
     with _quietly():
-        chunk_sum(learner.algorithm, learner.meta_params, one, 0, vectorize=learner.vectorize)
+        for step in sorted(
+            {0, getattr(config.algorithm_options, "first_order_steps", 0)}
+        ):  # where the gradient changes
+            chunk_sum(learner.algorithm, learner.meta_params, one, step, vectorize=learner.vectorize)
         found = score(learner.algorithm, learner.objective, learner.meta_params, other, num_steps=1,
                       inductive=config.evaluation.inductive, vectorize=learner.vectorize)  # fmt: skip
     returned = sorted(name.removeprefix("query_") for name in found["transductive"] if name != "query_loss")

@@ -51,11 +51,11 @@ _NO_ROW = "The paper has no such row. Steps and tasks are those of Finn et al. (
 _NOT_VERIFIED = "The paper's figure is not verified. Steps and tasks are those of Finn et al. (2017)."
 _AS_MANY_QUERIES_AS_SHOTS = "As many query images as shots, hence the wide interval."
 _ENSEMBLE = "An ensemble of the 5 models that are best in validation; ours is one model."
+_EQUATIONS = "Ours is the paper's equations, from which the code that was given away departs (see the recipe)."
 _MANY_WAYS = (
     "Trained with more ways than tested, one episode a step, until it converged. Steps, and tasks that stand for that "
     "episode, are the recipe's."
 )
-_OTHER_RATES = "The README of the authors' code names other hyper-parameters for this row."
 
 
 def _published(
@@ -82,11 +82,11 @@ def _maml_plus_plus(value: float, half_width: float | None, *, tasks: int) -> Pu
 
 
 def _imaml(value: float, half_width: float) -> Published:
-    return _published(_IMAML, value, half_width, steps=20_000, mode="transductive")
+    return _published(_IMAML, value, half_width, steps=20_000, mode="transductive", remark=_EQUATIONS)
 
 
 def _reptile(value: float, half_width: float, transductive: str, *, steps: int) -> Published:
-    remark = f"Transductive: {transductive} %. {_OTHER_RATES}"
+    remark = f"Transductive: {transductive} %."
     return _published(_REPTILE, value, half_width, steps=steps, tasks=5, mode="inductive", remark=remark)
 
 
@@ -111,7 +111,7 @@ PUBLISHED: dict[str, Published] = {
     ),
     "omniglot-boil-5w1s": _published(_BOIL, None, remark=_NO_ROW),
     "omniglot-meta-sgd-5w1s": _published(
-        _META_SGD, 99.5, remark="Its interval is not verified. The steps are those of Finn et al. (2017)."
+        _META_SGD, 99.5, remark="As others quote it. The steps are those of Finn et al. (2017)."
     ),
     "omniglot-maml-plus-plus-5w1s": _maml_plus_plus(99.47, None, tasks=8),
     "omniglot-maml-plus-plus-5w5s": _maml_plus_plus(99.93, None, tasks=8),

@@ -89,9 +89,10 @@ class Recorder:
         self._saved = time.monotonic()
         self._saving = self._saved - begun
 
-    def model(self, step: int, tensors: Mapping[str, Tensor], document: Mapping[str, Any]) -> None:
-        """Writes the result so far: meta-parameters with the configuration that makes them useful."""
-        checkpoint.save(paths.model(self._folder), tensors, {"step": step, **self._origin, **document})
+    def model(self, step: int, tensors: Mapping[str, Tensor], selection_metric: str, value: float | None) -> None:
+        """Writes the result so far: meta-parameters with the configuration that makes them useful, and why these."""
+        document = {"step": step, **self._origin, "selection_metric": selection_metric, "value": value}
+        checkpoint.save(paths.model(self._folder), tensors, document)
         self._mirror.push(paths.model(self._folder))
 
 

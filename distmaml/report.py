@@ -16,7 +16,7 @@ from distmaml.config import Config, is_custom, to_json
 from distmaml.files import write_text
 from distmaml.options import ImageTaskOptions
 from distmaml.recipes import RECIPES
-from distmaml.scoring import Evaluated, Intervals
+from distmaml.scoring import Evaluated, Intervals, by_step
 from distmaml.segments import committed_segments, read_points
 from distmaml.tasks.images import ImageTasks
 from distmaml.trees import tree_index
@@ -37,8 +37,8 @@ def metrics_of(scores: Intervals, *, prefix: str = "test") -> dict[str, float]:
     for mode, metrics in scores.items():
         group = prefix if mode == "transductive" else f"{prefix}_{mode}"
         for metric, intervals in metrics.items():
-            flat.update({f"{group}/{metric}_step_{k}": value.mean for k, value in enumerate(intervals)})
-            flat[f"{group}/{metric}"], flat[f"{group}/{metric}_interval"] = intervals[-1]
+            flat.update(by_step(f"{group}/{metric}", intervals))
+            flat[f"{group}/{metric}_interval"] = intervals[-1].half_width
     return flat
 
 
@@ -82,13 +82,16 @@ def write_evaluation(
 
 
 def table(scores: Intervals) -> str:
-    """An evaluation as a table to print: one row per inner step, one column per batch-norm mode and metric."""
+    """An evaluation as a table to print: one row per inner step, one column per batch-norm mode and metric.
+
+    An algorithm without inner steps has one row: adapted.
+    """
     columns = [(mode, metric) for mode, metrics in scores.items() for metric in metrics]
     num_steps = len(next(iter(next(iter(scores.values())).values())))
     head = ["inner step", *(f"{metric} ({mode})" for mode, metric in columns)]
     rows = [head]
     for k in range(num_steps):
-        cells = [f"{k}" if k else "0 (before)"]
+        cells = [f"{k}" if k else "0 (before)" if num_steps > 1 else "adapted"]
         for mode, metric in columns:
             mean, half = scores[mode][metric][k]
             cells.append(
@@ -148,7 +151,7 @@ def draw(config: Config, folder: Path, scores: Intervals | None) -> list[Path]:
                     points.setdefault(key, ([], []))[0].append(point.step)
                     points[key][1].append(value)
     pictures.learning_curve(files[0], points, title=title)
-    if scores:
+    if scores and len(next(iter(scores["transductive"].values()))) > 1:
         metric = config.evaluation.selected_quantity.split("_step_")[0]
         curves = {
             mode: ([v.mean for v in metrics[metric]], [v.half_width for v in metrics[metric]])

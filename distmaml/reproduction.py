@@ -322,7 +322,7 @@ def row_of(plan: Plan) -> Row:
         validation=validation,
         still_rose=still_rose(validation, lower_is_better=is_loss),
         minutes=minutes_of(Outbox(folder), points),
-        cpu_seconds=config.cluster.team[1] * sum(point.values.get("system/cpu_seconds", 0.0) for point in points),
+        cpu_seconds=sum(point.values.get("system/cpu_seconds", 0.0) for point in points),
         num_workers=config.cluster.team[1],
         commit=tested["commit"],
         dataset=tested["dataset"],

@@ -91,6 +91,13 @@ def interval(values: Tensor | Sequence[float]) -> Interval:
     return Interval(float(sample.mean()), half_width)
 
 
+def by_step(metric: str, intervals: Sequence[Interval]) -> dict[str, float]:
+    """The last mean under the name of the metric, and that after each inner step, if there are any, under
+    ``METRIC_step_K``."""
+    steps = {f"{metric}_step_{k}": value.mean for k, value in enumerate(intervals)} if len(intervals) > 1 else {}
+    return {**steps, metric: intervals[-1].mean}
+
+
 def predict_one_by_one(
     algorithm: Algorithm, meta_params: MetaParams, state: Tree, support_inputs: Tree, query_inputs: Tree
 ) -> Tree:

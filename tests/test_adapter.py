@@ -16,6 +16,7 @@ from distmaml.adapter import FewShotModel
 from distmaml.config import Config, override, to_json
 from distmaml.episodes import Batch
 from distmaml.errors import CheckpointError, ConfigError, DataError
+from distmaml.inner import hvp_mode
 from distmaml.worker import LocalWorker
 from tests.runs import pictures, tiny_store, waves
 
@@ -51,7 +52,8 @@ def by_hand(run: Config, task: tuple[Batch, Batch], steps: int) -> tuple[Tensor,
     theta = {name.removeprefix("meta_params/"): t for name, t in tensors.items() if name.startswith("meta_params/")}
     algorithm = build.learner(run, build.Shapes((1, 8, 8), 3), torch.device("cpu")).algorithm
     support, query = task
-    state = algorithm.adapt(theta, support, num_steps=steps)[-1]
+    with torch.no_grad(), hvp_mode("graph"):  # as training adapts to one task after the other
+        state = algorithm.adapt(theta, support, num_steps=steps)[-1]
     together = algorithm.predict(theta, state, query.inputs).softmax(-1)
     alone = [
         algorithm.predict(theta, state, torch.cat([support.inputs, x[None]]))[-1].softmax(-1) for x in query.inputs

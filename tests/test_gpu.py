@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 
 from distmaml import build, gpu, loop, workers
+from distmaml.algorithms import ALGORITHMS
 from distmaml.algorithms.maml import maml
-from distmaml.config import override
+from distmaml.config import Config, override
 from distmaml.engine import warn_once
 from distmaml.episodes import Batch, Episode
 from distmaml.errors import ConfigError, DataError
@@ -22,6 +23,7 @@ from distmaml.outer import chunk_sum
 from distmaml.recipes.glyphs import glyphs_maml_5w1s
 from distmaml.store import ClassRows
 from distmaml.tasks.images import ImageTasks
+from distmaml.trees import tree_leaves
 from distmaml.worker import LocalWorker
 from tests import oracles
 
@@ -47,8 +49,8 @@ def meta_gradient(device: str, dtype: torch.dtype = torch.float64) -> tuple[Any,
 
 
 def test_on_a_cpu_and_where_the_step_matters_the_function_stays_itself() -> None:
-    assert gpu.replayed(len, torch.device("cpu"), steady=True) is len  # type: ignore[arg-type, comparison-overlap]
-    assert gpu.replayed(len, torch.device("cuda"), steady=False) is len  # type: ignore[arg-type, comparison-overlap]
+    assert gpu.replayed(len, torch.device("cpu"), steady_from=0) is len  # type: ignore[arg-type, comparison-overlap]
+    assert gpu.replayed(len, torch.device("cuda"), steady_from=None) is len  # type: ignore[arg-type, comparison-overlap]
 
 
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=on_gpu)])
@@ -103,7 +105,7 @@ def test_tf32_without_a_gpu_is_refused_before_training() -> None:
 def test_replaying_equals_computing_for_new_tasks_new_shapes_and_new_parameters() -> None:
     algorithm, theta = meta_gradient("cuda")
     plain = partial(chunk_sum, algorithm, theta)
-    replayed = gpu.replayed(plain, torch.device("cuda"), steady=True)
+    replayed = gpu.replayed(plain, torch.device("cuda"), steady_from=0)
     results = []
     for seed, num_tasks in enumerate((3, 3, 2, 3)):
         batch = tasks(num_tasks, "cuda", seed)
@@ -118,12 +120,29 @@ def test_replaying_equals_computing_for_new_tasks_new_shapes_and_new_parameters(
 
 
 @on_gpu
+@pytest.mark.parametrize("name", ALGORITHMS)
+def test_every_algorithm_is_recorded_and_replayed(name: str, caplog: pytest.LogCaptureFixture) -> None:
+    torch.manual_seed(0)
+    values = {"algorithm": name, "num_filters": 8, "precision": "float64"}
+    config = override(Config(), {**values, **({"annealing_steps": 0} if name == "maml_plus_plus" else {})})
+    learner = build.learner(config, build.Shapes((1, 28, 28), 5, 20), torch.device("cuda"))
+    assert learner.algorithm.steady_from == 0
+    plain = partial(chunk_sum, learner.algorithm, learner.meta_params)
+    replayed = gpu.replayed(plain, torch.device("cuda"), steady_from=0)
+    for seed in range(2):
+        batch = tasks(3, "cuda", seed)._replace(classes=torch.arange(15, device="cuda").view(3, 5))
+        for found, expected in zip(tree_leaves(replayed(batch, 0)), tree_leaves(plain(batch, 0)), strict=True):
+            torch.testing.assert_close(found, expected, rtol=1e-8, atol=1e-8)
+    assert "not recorded" not in caplog.text
+
+
+@on_gpu
 def test_it_equals_unrolled_autodiff() -> None:
     torch.manual_seed(0)
     model = Conv4((1, 28, 28), 5, num_filters=8).to("cuda", torch.float64)
     theta, batch = initial_params(model), tasks(3, "cuda")
     algorithm = maml(classification(model), inner_lr=0.3, num_inner_steps=3)
-    found, _ = gpu.replayed(partial(chunk_sum, algorithm, theta), torch.device("cuda"), steady=True)(batch, 0)
+    found, _ = gpu.replayed(partial(chunk_sum, algorithm, theta), torch.device("cuda"), steady_from=0)(batch, 0)
     expected = oracles.unrolled(model, theta, batch, torch.nn.functional.cross_entropy, inner_lr=0.3, num_steps=3)
     assert oracles.relative_error({name: grad / 3 for name, grad in found.items()}, expected) < 1e-10
 
@@ -135,7 +154,7 @@ def test_what_cannot_be_recorded_runs_as_it_is_and_says_so_once(caplog: pytest.L
         return total if float(total) > 1e9 else -total  # a value that the CPU must know
 
     warn_once.cache_clear()
-    replayed = gpu.replayed(looks, torch.device("cuda"), steady=True)
+    replayed = gpu.replayed(looks, torch.device("cuda"), steady_from=0)
     for seed in range(2):
         batch = tasks(2, "cuda", seed)
         with caplog.at_level(logging.WARNING):
@@ -150,7 +169,7 @@ def test_a_chunk_that_does_not_fit_says_what_one_task_needs() -> None:
     torch.cuda.empty_cache()
     torch.cuda.set_per_process_memory_fraction(0.5 * 2**30 / torch.cuda.get_device_properties(0).total_memory)
     try:
-        replayed = gpu.replayed(partial(chunk_sum, algorithm, theta), torch.device("cuda"), steady=True)
+        replayed = gpu.replayed(partial(chunk_sum, algorithm, theta), torch.device("cuda"), steady_from=0)
         with pytest.raises(ConfigError, match=r"a chunk of 4096 tasks does not fit .* Lower --reduction-chunk to \d+"):
             replayed(batch, 0)
     finally:

@@ -47,7 +47,8 @@ class Algorithm(NamedTuple):
       predict: ``(meta_params, adapted, inputs) -> outputs``: what an adapted state says of new inputs.
       meta_grad: ``(meta_params, episode, step) -> (meta_grads, metrics)``; `meta_grads` is shaped like `meta_params`,
         `metrics` are scalars to be averaged over tasks, `step` is the outer step.
-      steady: whether `meta_grad` does the same at every outer step, so that a GPU may record it once and replay it.
+      steady_from: the outer step from which on `meta_grad` does the same at every step, so that a GPU may record it
+        once and replay it; None where there is no such step.
       descends: whether there are inner steps; False: `adapt` returns one state, however many are asked for.
       predict_alone: like `predict`, without any input having a say in what becomes of another; None where batch
         statistics need company, or nothing depends on it.
@@ -57,7 +58,7 @@ class Algorithm(NamedTuple):
     adapt: Callable[..., list[Adapted]]
     predict: Callable[[MetaParams, Adapted, Tree], Any]
     meta_grad: Callable[[MetaParams, Episode, int], tuple[MetaParams, Metrics]]
-    steady: bool = False
+    steady_from: int | None = None
     descends: bool = True
     predict_alone: Callable[[MetaParams, Adapted, Tree], Any] | None = None
 

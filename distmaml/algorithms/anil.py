@@ -8,7 +8,8 @@ from torch import Tensor
 from torch.func import vjp
 
 from distmaml.algorithms import Algorithm
-from distmaml.algorithms.passes import body_of, check_steps, halves, head_of, predict, query_gradient
+from distmaml.algorithms.heads import body_of, head_of
+from distmaml.algorithms.passes import check_steps, halves, predict, query_gradient
 from distmaml.episodes import Batch, Episode
 from distmaml.inner import LossFn, Metrics, Params, descend, descend_vjp, sgd
 from distmaml.objectives import Moment, Objective
@@ -64,4 +65,4 @@ def anil(objective: Objective, *, inner_lr: float, num_inner_steps: int) -> Algo
         grads = {**tree_add({name: query_grads[name] for name in body}, through_features), **back.params}
         return {name: grads[name] for name in theta}, metrics
 
-    return Algorithm(lambda params, generator: params, adapt, predict(objective), meta_grad, steady=True)
+    return Algorithm(lambda params, generator: params, adapt, predict(objective), meta_grad, steady_from=0)

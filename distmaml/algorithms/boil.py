@@ -5,8 +5,8 @@ https://arxiv.org/abs/2008.08882.
 """
 
 from distmaml.algorithms import Algorithm
+from distmaml.algorithms.heads import body_of
 from distmaml.algorithms.maml import by_rule
-from distmaml.algorithms.passes import body_of
 from distmaml.inner import sgd_by_name
 from distmaml.objectives import Objective
 

@@ -70,11 +70,20 @@ def cavia(
     def outputs(meta: CaviaParams, context: Params, inputs: Tree, moment: Moment) -> Any:
         values = meta.modulation["weight"] @ context["context"] + meta.modulation.get("bias", 0.0)
 
+        called = []
+
         def modulate(layer: nn.Module, arguments: tuple[Any, ...], output: Tensor) -> Tensor:
+            called.append(layer)
             along = values if isinstance(layer, nn.Linear) else values.view(-1, *[1] * (arguments[0].ndim - 2))
             return output + along if parts == 1 else (1 + along[:channels]) * output + along[channels:]
 
-        return objective.predict_hooked(meta.params, inputs, moment, {name: modulate})
+        predicted = objective.predict_hooked(meta.params, inputs, moment, {name: modulate})
+        if not called:  # an attention reads the weights of its layers without calling them
+            raise ConfigError(
+                f"modulated_layer={name!r} is never called by the model, so a context has no effect there. Name "
+                f"another one: {', '.join(other for other, _ in _layers(objective) if other != name)}."
+            )
+        return predicted
 
     def loss_on(batch: Batch, key: Tensor | None) -> LossFn:
         def loss(context: Params, meta: Tree, k: int) -> Tensor:
@@ -108,21 +117,12 @@ def cavia(
     def predict(meta: CaviaParams, context: Params, inputs: Tree) -> Any:
         return outputs(meta, context, inputs, Moment(0, None))
 
-    return Algorithm(init, adapt, predict, meta_grad, steady=True)
+    return Algorithm(init, adapt, predict, meta_grad, steady_from=0)
 
 
 def _modulated(objective: Objective, wanted: str | None) -> tuple[str, int]:
     """The layer that context parameters change, by its name, and its channels."""
-    found = [(name, module) for name, module in objective.model.named_modules() if name]
-    layers = {
-        name: module.num_features for name, module in found if isinstance(module, nn.modules.batchnorm._BatchNorm)
-    }
-    layers |= {
-        name: module.out_features if isinstance(module, nn.Linear) else module.out_channels
-        for name, module in found
-        if isinstance(module, nn.Linear | nn.modules.conv._ConvNd)
-    }
-    # Batch norms come first: one that follows the layer takes a shift or a scale out again.
+    layers = dict(_layers(objective))
     name = next(iter(layers), "") if wanted is None else wanted
     if name not in layers:
         raise ConfigError(
@@ -130,3 +130,14 @@ def _modulated(objective: Objective, wanted: str | None) -> tuple[str, int]:
             f"{', '.join(layers) or 'it has none'}."
         )
     return name, layers[name]
+
+
+def _layers(objective: Objective) -> list[tuple[str, int]]:
+    """Names and channels of all that can be; batch norms first, as one that follows a layer takes a shift out again."""
+    norms, others = [], []
+    for name, module in objective.model.named_modules():
+        if name and isinstance(module, nn.modules.batchnorm._BatchNorm):
+            norms.append((name, module.num_features))
+        elif name and isinstance(module, nn.Linear | nn.modules.conv._ConvNd):
+            others.append((name, module.out_features if isinstance(module, nn.Linear) else module.out_channels))
+    return norms + others

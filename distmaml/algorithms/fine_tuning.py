@@ -12,15 +12,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from distmaml.algorithms import Algorithm
-from distmaml.algorithms.passes import (
-    body_of,
-    check_steps,
-    linear_head,
-    predict,
-    support_loss,
-    training_metrics,
-    uniform,
-)
+from distmaml.algorithms.heads import body_of, linear_head
+from distmaml.algorithms.passes import check_steps, predict, support_loss, training_metrics, uniform
 from distmaml.episodes import Batch, Episode
 from distmaml.errors import ConfigError
 from distmaml.inner import Metrics, Params, descend, gradient_and_value, sgd_by_name
@@ -36,7 +29,7 @@ class FineTuningParams(NamedTuple):
 
 
 def fine_tuning(
-    objective: Objective, *, inner_lr: float, num_inner_steps: int, body_lr: float = 0.0, num_classes: int | None
+    objective: Objective, *, inner_lr: float, num_inner_steps: int = 10, body_lr: float = 0.0, num_classes: int | None
 ) -> Algorithm:
     """Pre-training on all classes, and fine-tuning (Chen et al., 2019).
 
@@ -57,7 +50,7 @@ def fine_tuning(
         classes.
     """
     check_steps(num_inner_steps)
-    layer = linear_head(objective, "fine_tuning")
+    layer = linear_head(objective, "fine_tuning", bias=True)
     names = {"weight": f"{objective.head}.weight", "bias": f"{objective.head}.bias"}
     body_of(objective, dict(objective.model.named_parameters()), "fine_tuning")
     if num_classes is None:
@@ -95,4 +88,4 @@ def fine_tuning(
         grads, returned = gradient_and_value(loss, meta)
         return grads, training_metrics(*returned)
 
-    return Algorithm(init, adapt, predict(objective), meta_grad, steady=True)
+    return Algorithm(init, adapt, predict(objective), meta_grad, steady_from=0)

@@ -48,7 +48,9 @@ def imaml(
         meta-gradient = (I + H(phi*) / lambda)^{-1} grad L_query(phi*),  H the Hessian of L_support
 
     An approximation in two places, as in the paper: the inner loop comes near phi*, and conjugate gradients come near
-    the solution of the linear system. Memory and cost of the meta-gradient do not depend on the number of inner steps.
+    the solution of the linear system. Where a direction has a curvature of -lambda or less they end before it; if the
+    first one has, what is left is the first-order gradient. Memory and cost of the meta-gradient do not depend on the
+    number of inner steps.
 
     Args:
       inner_lr: of the gradient solver; it must be well below ``2 / lambda``.
@@ -65,6 +67,11 @@ def imaml(
         raise ConfigError(
             f"regularization={regularization} must be greater than 0: iMAML divides by it. To hold the inner loop back "
             "by nothing, take maml."
+        )
+    if solver == "gradient" and inner_lr * regularization >= 2:
+        raise ConfigError(
+            f"inner_lr={inner_lr} with regularization={regularization} goes further from the initialisation at each "
+            f"step: inner_lr must be well below 2 / regularization = {2 / regularization:g}."
         )
     if num_cg_steps < 1:
         raise ConfigError(f"num_cg_steps={num_cg_steps} must be 1 or more.")
@@ -125,4 +132,4 @@ def imaml(
         )
         return solution, metrics
 
-    return Algorithm(lambda params, generator: params, adapt, predict(objective), meta_grad, steady=True)
+    return Algorithm(lambda params, generator: params, adapt, predict(objective), meta_grad, steady_from=0)

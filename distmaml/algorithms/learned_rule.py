@@ -51,5 +51,5 @@ def by_learned_rule(
         return make(back.params, back.rule_params), metrics
 
     return Algorithm(
-        lambda params, generator: make(params, init_rule(params)), adapt, predict(objective), meta_grad, steady=True
+        lambda params, generator: make(params, init_rule(params)), adapt, predict(objective), meta_grad, steady_from=0
     )

@@ -67,4 +67,4 @@ def by_rule(objective: Objective, rule: UpdateRule, num_inner_steps: int) -> Alg
         query_grads, metrics = query_gradient(objective, trajectory[-1], episode.query, num_inner_steps, query_key)
         return pull_back([*[None] * num_inner_steps, query_grads]).params, metrics
 
-    return Algorithm(lambda params, generator: params, adapt, predict(objective), meta_grad, steady=True)
+    return Algorithm(lambda params, generator: params, adapt, predict(objective), meta_grad, steady_from=0)

@@ -142,7 +142,7 @@ def maml_plus_plus(
 
     return Algorithm(
         init, adapt, predict, meta_grad,
-        steady=not multi_step_loss and not first_order_steps,
+        steady_from=max(annealing_steps if multi_step_loss else 0, first_order_steps),
         predict_alone=predict_alone if per_step_statistics else None,
     )  # fmt: skip
 

@@ -3,6 +3,7 @@
 Ravi, Larochelle (2017), "Optimization as a Model for Few-Shot Learning", https://openreview.net/forum?id=rJY0-Kcll.
 """
 
+import math
 from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any, NamedTuple
@@ -140,7 +141,7 @@ def meta_lstm(objective: Objective, *, num_inner_steps: int, hidden_size: int = 
             of_rule = tree_add(of_rule, rule_part)
         return MetaLstmParams(_like(meta.params, of_phi), of_rule), metrics
 
-    return Algorithm(init, adapt, predict(objective), meta_grad, steady=True)
+    return Algorithm(init, adapt, predict(objective), meta_grad, steady_from=0)
 
 
 def _preprocessed(values: Tensor) -> Tensor:
@@ -151,11 +152,11 @@ def _preprocessed(values: Tensor) -> Tensor:
         (log|x| / p, sign(x))  where |x| >= e^-p,  else (-1, e^p x)
     """
     magnitude = values.abs()
-    large = magnitude >= torch.exp(values.new_tensor(-SCALE))
+    large = magnitude >= math.exp(-SCALE)
     log = magnitude.clamp_min(torch.finfo(values.dtype).tiny).log() / SCALE
     ones = torch.ones_like(values)
     return torch.stack(
-        [torch.where(large, log, -ones), torch.where(large, values.sign(), values * torch.exp(SCALE * ones))], -1
+        [torch.where(large, log, -ones), torch.where(large, values.sign(), values * math.exp(SCALE))], -1
     )
 
 

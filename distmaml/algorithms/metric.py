@@ -13,7 +13,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from distmaml.algorithms import Adapted, Algorithm
-from distmaml.algorithms.passes import body_of, halves, linear_head, one_hot, training_metrics
+from distmaml.algorithms.heads import body_of, linear_head, one_hot
+from distmaml.algorithms.passes import halves, training_metrics
 from distmaml.episodes import Batch, Episode
 from distmaml.inner import Metrics, Params, gradient_and_value
 from distmaml.objectives import Moment, Objective
@@ -110,4 +111,4 @@ def _by_comparison(objective: Objective, name: str, remember: Remember, compare:
     def init(params: Params, generator: torch.Generator) -> Params:
         return body_of(objective, params, name)
 
-    return Algorithm(init, adapt, predict, meta_grad, steady=True, descends=False)
+    return Algorithm(init, adapt, predict, meta_grad, steady_from=0, descends=False)

@@ -1,10 +1,10 @@
-"""What the algorithms have in common: the passes of one task over its support and its query set, and its two halves."""
+"""What the algorithms have in common: the passes of one task over its support and its query set."""
 
 from collections.abc import Callable, Sequence
 from typing import Any, TypeAlias
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.func import vjp
 
 from distmaml.chain_loss import ChainLoss
@@ -30,7 +30,7 @@ def support_loss(
     """
     explicit = _explicit(objective, params if merge is None else merge(params, context, 0), support)
     if explicit is not None:
-        return explicit if merge is None else Merged(explicit, merge)
+        return explicit if merge is None else _Merged(explicit, merge)
 
     def loss(params: Params, context: Tree, k: int) -> Tensor:
         whole = params if merge is None else merge(params, context, k)
@@ -86,53 +86,7 @@ def num_kept(episode: Episode, support_loss: LossFn, num_inner_steps: int) -> in
     return 1 + max(query // (4 * support) - num_inner_steps // 6, 0)
 
 
-# ---------------------------------------------------------------------------------------- head and body
-
-
-def head_of(objective: Objective, params: Params) -> Params:
-    """The parameters of the last layer, by their full names."""
-    return {name: p for name, p in params.items() if name.startswith(objective.head + ".")}
-
-
-def body_of(objective: Objective, params: Params, algorithm: str) -> Params:
-    """All others.
-
-    Raises:
-      ConfigError: there is none, so that the algorithm has nothing to treat apart.
-    """
-    body = {name: p for name, p in params.items() if not name.startswith(objective.head + ".")}
-    if not body:
-        raise ConfigError(
-            f"the head {objective.head!r} is the whole model, and {algorithm} treats head and body apart. Take maml, "
-            "or a model with a layer before its head."
-        )
-    return body
-
-
-def linear_head(objective: Objective, algorithm: str) -> nn.Linear:
-    """The head of a classifier.
-
-    Raises:
-      ConfigError: it is no linear layer with a bias.
-    """
-    head = objective.model.get_submodule(objective.head)
-    if not isinstance(head, nn.Linear) or head.bias is None:
-        raise ConfigError(
-            f"{algorithm} makes a linear classifier of each task, so the model must end in an nn.Linear with a bias; "
-            f"its head {objective.head!r} is {head}."
-        )
-    return head
-
-
-def one_hot(labels: Tensor, num_ways: int, like: Tensor) -> Tensor:
-    """``[num_samples] -> [num_samples, num_ways]``, of the type of `like`; F.one_hot looks at values, vmap has none.
-
-    Raises:
-      ConfigError: targets that are no labels.
-    """
-    if labels.is_floating_point():
-        raise ConfigError("prototypes and matches are of classes, and these tasks have values for targets; take maml.")
-    return (labels.unsqueeze(-1) == torch.arange(num_ways, device=labels.device)).to(like.dtype)
+# ---------------------------------------------------------------------------------------- at the start
 
 
 def uniform(low: float, high: float, shape: Sequence[int], like: Tensor, generator: torch.Generator) -> Tensor:
@@ -170,7 +124,7 @@ def _explicit(objective: Objective, params: Params, batch: Batch) -> ExplicitLos
     return ChainLoss(chain, objective.loss, inputs, batch.targets)
 
 
-class Merged:
+class _Merged:
     """A loss that knows its derivatives, as one of the moving parameters and of a context that holds the others."""
 
     def __init__(self, loss: ExplicitLoss, merge: Merge) -> None:

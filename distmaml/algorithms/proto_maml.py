@@ -9,17 +9,9 @@ from torch import Tensor
 from torch.func import vjp
 
 from distmaml.algorithms import Algorithm
+from distmaml.algorithms.heads import body_of, linear_head
 from distmaml.algorithms.metric import prototypes
-from distmaml.algorithms.passes import (
-    body_of,
-    check_steps,
-    halves,
-    linear_head,
-    num_kept,
-    predict,
-    query_gradient,
-    support_loss,
-)
+from distmaml.algorithms.passes import check_steps, halves, num_kept, predict, query_gradient, support_loss
 from distmaml.episodes import Batch, Episode
 from distmaml.inner import Metrics, Params, descend, descend_vjp, sgd
 from distmaml.objectives import Moment, Objective
@@ -40,7 +32,7 @@ def proto_maml(objective: Objective, *, inner_lr: float, num_inner_steps: int) -
       ConfigError: no inner step; a model that does not end in a linear layer, or is nothing else.
     """
     check_steps(num_inner_steps)
-    num_ways = linear_head(objective, "proto_maml").out_features
+    num_ways = linear_head(objective, "proto_maml", bias=True).out_features
     body_of(objective, dict(objective.model.named_parameters()), "proto_maml")
     rule = sgd(inner_lr)
 
@@ -68,4 +60,4 @@ def proto_maml(objective: Objective, *, inner_lr: float, num_inner_steps: int) -
     def init(params: Params, generator: torch.Generator) -> Params:
         return body_of(objective, params, "proto_maml")
 
-    return Algorithm(init, adapt, predict(objective), meta_grad, steady=True)
+    return Algorithm(init, adapt, predict(objective), meta_grad, steady_from=0)

@@ -101,7 +101,7 @@ def reptile(
         moved = tree_map(torch.sub, meta if moments is None else meta.learned, phi)
         return (moved if moments is None else Stateful(moved, moments)), training_metrics(*returned)
 
-    return Algorithm(init, adapt, predict(objective), meta_grad, steady=True)
+    return Algorithm(init, adapt, predict(objective), meta_grad, steady_from=0)
 
 
 def _scaled(grads: Params, before: Moments) -> tuple[Params, Moments]:

@@ -11,7 +11,8 @@ otherwise than its paper is said in its docstring, what it prints in published.p
   there are shots, hence its wide intervals.
 - Accuracy is scored in both batch-norm modes. The figures of MAML, iMAML, CAVIA and MAML++ are transductive, those of
   Reptile and the metric learners inductive.
-- Gradients are not clipped entry by entry, as the MAML and MAML++ authors' code does for mini-ImageNet.
+- Gradients are not clipped entry by entry, as the code of the authors of MAML, MAML++ and CAVIA does.
+- Prototypes and queries go through batch norm apart.
 
 An inner rate is on the mean loss. That of a paper whose code sums it over the ways goes through `shared.on_the_mean`.
 """
@@ -46,8 +47,10 @@ def default_space(config: Config, *, rates_only: bool = False) -> tuple[str, ...
         del space["algorithm"]
     if config.algorithm == "fine_tuning":
         del space["num_inner_steps"]  # it has none in training, and num_eval_steps in validation
+    if flat.get("solver") == "hessian_free":
+        del space["inner_lr"]
     if rates_only:
-        space = {field: space[field] for field in ("inner_lr", "outer_lr")}
+        space = {field: space[field] for field in ("inner_lr", "outer_lr") if field in space}
     return tuple(f"{field}={domain}" for field, domain in space.items() if field in flat)
 
 

@@ -122,8 +122,8 @@ def mini_imagenet_reptile_5w1s() -> Config:
     Transductive the paper has 49.97 +- 0.32 %.
 
     As the paper: 100,000 steps of 5 tasks, step size from 1 to 0, 8 inner steps on batches of 10, Adam without momentum
-    1e-3, 15 images a class in training (here 1 and 14), 50 steps in the test. The README of the authors' code names
-    other values for this row. Otherwise as `omniglot_reptile_5w1s`; data as `mini_imagenet_maml_5w1s`.
+    1e-3, 15 images a class in training (here 1 and 14), 50 steps in the test. Otherwise as
+    `omniglot_reptile_5w1s`; data as `mini_imagenet_maml_5w1s`.
     """
     return _mini_imagenet(
         "mini-imagenet-reptile-5w1s", "reptile", reptile_options(1e-3, 8, inner_batch_size=10), num_eval_steps=50,
@@ -187,7 +187,8 @@ def mini_imagenet_cavia_5w1s() -> Config:
     """CAVIA on mini-ImageNet, 5-way 1-shot (Zintgraf et al., 2019: 47.24 +- 0.65 % with 32 filters).
 
     As the paper: 2 inner steps by 1.0, in training and test, of 100 context parameters that scale and shift the third
-    layer. The outer loop is that of `mini_imagenet_maml_5w1s`, with its constant rate (their code lowers it).
+    layer. Otherwise: the scale is 1 + W c + b before the pooling (theirs: W c + b behind it), and the outer loop is
+    that of `mini_imagenet_maml_5w1s`, with its constant rate (their code lowers it).
     """
     return _mini_imagenet("mini-imagenet-cavia-5w1s", "cavia", cavia_on_images(), num_eval_steps=2)
 
@@ -268,5 +269,5 @@ def mini_imagenet_fine_tuning_5w1s() -> Config:
     The baseline that looks at as many images as `mini_imagenet_maml_5w1s`: trained to tell all classes apart, with Adam
     1e-3; in the test 10 steps by 0.5 of a head that begins as 0. The body stays as it was trained, theirs is tuned too.
     """
-    options = FineTuningOptions(inner_lr=0.5, num_inner_steps=10)
+    options = FineTuningOptions(inner_lr=0.5)
     return _mini_imagenet("mini-imagenet-fine-tuning-5w1s", "fine_tuning", options, num_eval_steps=10)

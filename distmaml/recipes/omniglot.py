@@ -105,7 +105,7 @@ def _omniglot_beside_maml(
 
 @recipe
 def omniglot_maml_5w1s_paper() -> Config:
-    """MAML on Omniglot, 5-way 1-shot, by the paper to the letter (Finn et al., 2017: 98.7 +- 0.4 %).
+    """MAML on Omniglot, 5-way 1-shot, by the paper's protocol (Finn et al., 2017: 98.7 +- 0.4 %).
 
     60,000 steps of 32 tasks, constant Adam 1e-3, 1 query image a class in training and test, 1 inner step in training
     and 3 in the test. The paper's inner_lr of 0.4 is on the loss summed over 5 ways: 2.0 on the mean.
@@ -200,7 +200,7 @@ def omniglot_maml_plus_plus_5w1s() -> Config:
     training and test, max-pooling, Adam from 1e-3 to 1e-5 by a cosine over 50,000 steps (100 epochs of 500), weights of
     the losses annealed over 10 epochs, scales and shifts of batch norm for each step, rotations in training alone.
     Otherwise: their division of the characters is 1151, 50, 423; their figures are of the 5 models that are best in
-    validation together, and ours of one.
+    validation together, and ours of one; their network has leaky ReLUs.
     """
     return _omniglot_maml_plus_plus(5, 1)
 
@@ -245,7 +245,9 @@ def omniglot_imaml_5w1s() -> Config:
 
     As the paper: 16 gradient steps by 0.1, lambda 2, 5 steps of conjugate gradients, 20,000 steps of 32 tasks, Adam
     1e-3, as many query images as shots in training. Otherwise: Adam's epsilon is torch's (theirs: 1e-3), tasks are
-    always new (theirs: out of 200,000), and every inner step feels lambda (in their code one more step at the end).
+    always new (theirs: out of 200,000), and the head gets the mean over space (theirs: the flat 2x2 map). The code that
+    they gave away takes 16 plain steps and one that feels lambda, tests without lambda, and damps the conjugate
+    gradients, 2 v + H v / 12; here it is the paper's equations: lambda in every step, v + H v / 2.
     """
     return _omniglot_imaml("omniglot-imaml-5w1s", ImamlOptions(0.1, 16, regularization=2.0, num_cg_steps=5))
 
@@ -281,8 +283,8 @@ def omniglot_reptile_5w1s() -> Config:
 
     As the paper: 100,000 steps of 5 tasks, step size from 1 to 0, 5 inner steps on batches of 10, Adam without momentum
     1e-3 whose second moments go on from task to task, 10 images a class in training (here 1 of the support and 9 of the
-    query set), 50 steps in the test. The README of the authors' code names other values for this row. Otherwise: a test
-    step takes all of the support set, a test is 600 episodes (theirs: 10,000 samples).
+    query set), 50 steps in the test. Otherwise: the head gets the mean over space (theirs: the flat 2x2 map), a test is
+    600 episodes (theirs: 10,000 samples).
     """
     return _omniglot(
         "omniglot-reptile-5w1s", "reptile", reptile_options(1e-3, 5, inner_batch_size=10), reptile_outer(100_000),
@@ -297,7 +299,7 @@ def omniglot_reptile_20w1s() -> Config:
     Transductive the paper has 89.43 +- 0.14 %.
 
     As the paper: 200,000 steps, 10 inner steps on batches of 20, Adam without momentum 5e-4; else as
-    `omniglot_reptile_5w1s`.
+    `omniglot_reptile_5w1s`. A test step takes all 20 images of the support set (theirs: 10 of them).
     """
     return _omniglot(
         "omniglot-reptile-20w1s", "reptile", reptile_options(5e-4, 10, inner_batch_size=20), reptile_outer(200_000),
@@ -310,7 +312,7 @@ def omniglot_cavia_5w1s() -> Config:
     """CAVIA on Omniglot, 5-way 1-shot (Zintgraf et al., 2019, have no such row).
 
     Their inner loop for mini-ImageNet: 2 steps by 1.0, in training and test, of 100 context parameters that scale and
-    shift the third layer. The rest is that of `omniglot_fomaml_5w1s`.
+    shift the third layer, as 1 + W c + b and W c + b. The rest is that of `omniglot_fomaml_5w1s`.
     """
     return _omniglot_beside_maml("omniglot-cavia-5w1s", "cavia", cavia_on_images(), num_eval_steps=2)
 
@@ -409,5 +411,5 @@ def omniglot_fine_tuning_5w1s() -> Config:
     The baseline that looks at as many images as `omniglot_fomaml_5w1s`: trained to tell all 4400 classes apart, with
     Adam 1e-3; in the test 10 steps by 0.5 of a head that begins as 0, on a body that stays. The protocol is ours.
     """
-    options = FineTuningOptions(inner_lr=0.5, num_inner_steps=10)
+    options = FineTuningOptions(inner_lr=0.5)
     return _omniglot_beside_maml("omniglot-fine-tuning-5w1s", "fine_tuning", options, num_eval_steps=10)
