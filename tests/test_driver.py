@@ -384,6 +384,7 @@ def test_the_next_command_sends_what_a_run_had_left(output_dir: Path) -> None:
 
 
 @pytest.mark.usefixtures("locally")
+@pytest.mark.slow
 def test_a_run_without_mlflow_ends_well(output_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from distmaml.tracking.runs import TrackedRun
 

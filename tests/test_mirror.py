@@ -181,6 +181,7 @@ def train_on_its_own_disk(member: Member, config: Config) -> None:
     torch.save(loop.evaluate(here, member), paths.output_dir(here.run.output_dir) / "scores.pt")
 
 
+@pytest.mark.slow
 def test_three_nodes_that_share_no_disk_equal_one_to_the_last_bit(straight: Config, tmp_path: Path) -> None:
     """They go on from the checkpoint of a fourth."""
     config = waves(tmp_path / "fourth", "wave", storage=(tmp_path / "storage").as_uri())
@@ -468,6 +469,7 @@ def fresh(prepared: Path, folder: Path) -> Path:
 
 
 @pytest.mark.usefixtures("on_a_node", "hurried")
+@pytest.mark.slow
 def test_a_run_is_tracked_from_storage_and_goes_on_from_another_head(
     storage: str, prepared: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -365,6 +365,7 @@ def test_what_a_population_changes_is_logged_as_metrics_and_what_it_began_with_a
 
 @pytest.mark.usefixtures("serially")
 @pytest.mark.parametrize("num_reports", [3, 9, 16])
+@pytest.mark.slow
 def test_a_population_whose_driver_dies_goes_on_to_the_same_end(
     output_dir: Path, population_alone: Path, monkeypatch: pytest.MonkeyPatch, num_reports: int
 ) -> None:
@@ -377,6 +378,7 @@ def test_a_population_whose_driver_dies_goes_on_to_the_same_end(
 
 @pytest.mark.usefixtures("serially")
 @pytest.mark.parametrize("after", [False, True])
+@pytest.mark.slow
 def test_a_population_whose_driver_dies_between_two_stages_goes_on_to_the_same_end(
     output_dir: Path, population_alone: Path, monkeypatch: pytest.MonkeyPatch, after: bool
 ) -> None:

@@ -20,8 +20,9 @@ def test_one_by_one_in_any_order_equals_the_batch() -> None:
     together = source().sample(indices)
     for position in reversed(range(len(indices))):
         alone = source().sample([indices[position]])
-        for one, all_ in zip(tree_leaves(alone), tree_leaves(together), strict=True):
+        for one, all_ in zip(tree_leaves(alone[:3]), tree_leaves(together[:3]), strict=True):
             assert torch.equal(one[0], all_[position])
+    assert together.classes is None  # waves have none
 
 
 def test_another_process_sees_the_same_tasks() -> None:

@@ -29,6 +29,7 @@ def no_ambient_server(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
 
 
+@pytest.mark.slow
 def test_four_processes_may_open_an_empty_folder_at_once(tmp_path: Path) -> None:
     code = (
         "import sys; from pathlib import Path; from distmaml.tracking.database import open_tracking, experiment_id\n"

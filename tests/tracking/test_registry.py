@@ -56,6 +56,7 @@ def ask(tracking: Tracking, uri: str, asked: dict[str, tuple[object, str]], fold
     return [np.asarray(values) for values in json.loads(found.stdout)]
 
 
+@pytest.mark.slow
 def test_another_model_is_another_version_and_the_first_stays_what_it_was(tracking: Tracking, output_dir: Path) -> None:
     config = waves(output_dir, "waves", num_outer_steps=5)
     _, file = registered(tracking, config, "waves", input_shape=(1,), labels=False, num_outputs=1)
@@ -78,6 +79,7 @@ def test_another_model_is_another_version_and_the_first_stays_what_it_was(tracki
     np.testing.assert_allclose(first, expected.numpy(), atol=1e-6)
 
 
+@pytest.mark.slow
 def test_a_classifier_adapts_and_predicts_as_it_does_without_mlflow(tracking: Tracking, output_dir: Path) -> None:
     tiny_store(output_dir / "tiny.arrow")
     config = pictures(output_dir, "tiny", num_outer_steps=2, val_every=2, checkpoint_every=2)
@@ -96,6 +98,7 @@ def test_a_classifier_adapts_and_predicts_as_it_does_without_mlflow(tracking: Tr
     assert not np.allclose(adapted, before)
 
 
+@pytest.mark.slow
 def test_a_regression_predicts_values(tracking: Tracking, output_dir: Path) -> None:
     config = waves(output_dir, "waves", num_outer_steps=5)
     uri, file = registered(tracking, config, "waves", input_shape=(1,), labels=False, num_outputs=1)
