@@ -76,6 +76,7 @@ def test_live_bytes_are_the_most_at_once_with_those_that_autograd_keeps() -> Non
     assert peak_of_live_bytes(kept)[0] == 5 * 2**20
 
 
+@pytest.mark.slow
 def test_processes_are_measured_together() -> None:
     measured = [Case("distmaml", "workers"), Case(MATMUL, "workers"), Case(MATMUL, "single")]
     series = measure(Workload(1, 2), measured, rounds=2, num_workers=2)

@@ -358,6 +358,7 @@ RAW: dict[str, Callable[[Path], Path | None]] = {
 
 
 @pytest.mark.parametrize("name", DATASETS)
+@pytest.mark.slow
 def test_a_data_set_becomes_a_whole_store_with_disjoint_splits(name: str, tmp_path: Path) -> None:
     (tmp_path / "raw").mkdir()
     path = ensure_store(

@@ -92,6 +92,7 @@ def test_ink_is_255_and_paper_0(store: ClassStore) -> None:
     np.testing.assert_array_equal(store.images[100:120], expected)
 
 
+@pytest.mark.slow
 def test_an_unpacked_folder_gives_the_same_store_as_its_zip(zips: Path, store: ClassStore, tmp_path: Path) -> None:
     (tmp_path / "omniglot-py").mkdir()
     shutil.copy(zips / "images_background.zip", tmp_path / "omniglot-py")
@@ -318,6 +319,7 @@ def server(zips: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
         thread.join()
 
 
+@pytest.mark.slow
 def test_without_a_data_dir_the_zips_are_downloaded_once(
     server: str, store: ClassStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
