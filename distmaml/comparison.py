@@ -69,7 +69,7 @@ class Row:
     minutes: float
     """By the clock: from the start of Ray to the last picture, over all starts of the run."""
     cpu_seconds: float
-    """For training and validation: of one worker, times their number."""
+    """For training and validation, of all workers."""
     num_workers: int
     commit: str | None
     dataset: dict[str, Any] | None
@@ -190,7 +190,7 @@ NOTE = """\
 "transductive" or "inductive" beside a published figure says which of ours it is to be held against. +-: 1.96 standard
 errors, over the test episodes of a seed or over the seeds of a mean. Rows of one setting and seed that ask as many
 queries have the same test episodes. Validation still rose by: from two thirds of the outer steps to the last one, in
-points; of a loss, by how much it fell. CPU-s: of training and validation, those of a worker times their number."""
+points; of a loss, by how much it fell. CPU-s: of training and validation, of all workers."""
 
 
 def table_of(rows: Sequence[Row], *, folder: str) -> str:
