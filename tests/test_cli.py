@@ -204,3 +204,19 @@ def test_a_search_goes_on_as_it_was_begun(tmp_path: Path) -> None:
         search("--resume", "t", "--output-dir", str(tmp_path))
     with pytest.raises(ConfigError, match="needs the name"):
         search("--resume")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (
+            "--algorithm anil --regularization 1",
+            "--regularization is no option of anil, which has --inner-lr, --num-inner",
+        ),
+        ("--no-learned-rates", "--no-learned-rates is no option of maml, which has --inner-lr, --num-inner-steps"),
+        ("--algorithm matching_networks --inner-lr=1", "is no option of matching_networks, which has none"),
+    ],
+)
+def test_an_option_of_another_algorithm_names_those_of_this_one(arguments: str, said: str) -> None:
+    with pytest.raises(ConfigError, match=said):
+        parse("glyphs-maml-5w1s", *arguments.split())
