@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 import pytest
 from mlflow import MlflowClient
 from mlflow.entities import Metric
+from werkzeug.security import check_password_hash, generate_password_hash
 
 from distmaml import driver, ray_cluster
 from distmaml.config import override
@@ -32,8 +33,6 @@ from tests.servers import Postgres, Server
 pytestmark = pytest.mark.ray
 
 NUM_BATCHES, MOST_ROUNDS, NUM_METRICS = 50, 10, 10
-LONGEST_MS = 30.0
-"""What writing one batch may take."""
 
 
 class Guarded(NamedTuple):
@@ -254,26 +253,33 @@ def test_dead_runs_of_other_users_are_left_to_them_and_do_not_hide_one_s_own(
 # ------------------------------------------------------------------------------------------------- the cost
 
 
-def test_writing_a_batch_with_a_login_takes_under_30_ms(
+def test_a_batch_with_a_login_costs_less_than_one_check_of_the_password(
     guarded: Guarded, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The median of a round, of which the best counts: others use the machine too, and only ever slow it down."""
+    """A server that checks it anew for each request takes longer than that on any machine, ours about a fifth of it.
+
+    Of the medians of the rounds the best counts: others use the machine too, and only ever slow it down.
+    """
     log_in(monkeypatch, *guarded.login("alice"))
+    stored = generate_password_hash(guarded.passwords["alice"])  # as MLflow keeps it
     run = start(tmp_path / "run", guarded.server.uri, "fast")
-    medians: list[float] = []
-    while len(medians) < MOST_ROUNDS and min(medians, default=LONGEST_MS) >= LONGEST_MS:
-        took = []
+    ratios: list[float] = []
+    while len(ratios) < MOST_ROUNDS and min(ratios, default=1) >= 1:
+        writing, checking = [], []
         for batch in range(NUM_BATCHES):
-            step = len(medians) * NUM_BATCHES + batch
+            step = len(ratios) * NUM_BATCHES + batch
             metrics = [Metric(f"train/metric_{key}", 1 / (step + 1), 1, step) for key in range(NUM_METRICS)]
             before = time.perf_counter()
             run._uploader._log(metrics, {})
-            took.append(1000 * (time.perf_counter() - before))
-        medians.append(statistics.median(took))
+            written = time.perf_counter()
+            assert check_password_hash(stored, guarded.passwords["alice"])
+            writing.append(written - before)
+            checking.append(time.perf_counter() - written)
+        ratios.append(statistics.median(writing) / statistics.median(checking))
     assert run.end("FINISHED", timeout=30)
-    assert min(medians) < LONGEST_MS, medians
+    assert min(ratios) < 1, ratios
     history = open_tracking(tmp_path, guarded.server.uri).client().get_metric_history(run.run_id, "train/metric_0")
-    assert len(history) == len(medians) * NUM_BATCHES  # it was written indeed
+    assert len(history) == len(ratios) * NUM_BATCHES  # it was written indeed
 
 
 # ------------------------------------------------------------------------------------------------- secrets
