@@ -81,7 +81,8 @@ class Evaluation:
     num_test_episodes: int = 600
     """Test episodes at the end of the run; 0 for none."""
     inductive: bool = True
-    """In the test, also score each query item with the support set alone in the batch statistics."""
+    """In the test, also score each query item with the support set alone in the batch statistics; of more than 3 inner
+    steps before, after the first and after the last."""
     selection_metric: str = "val/query_accuracy"
     """The metric that picks the best checkpoint and stops the run early."""
     selection_mode: Literal["max", "min"] = "max"

@@ -6,7 +6,6 @@ something (early stop, divergence, the best model) is computed from sums that ev
 
 import logging
 import math
-from collections import defaultdict
 from functools import partial
 from typing import Any
 
@@ -19,7 +18,7 @@ from distmaml.errors import DivergenceError
 from distmaml.meter import Meter
 from distmaml.prefetch import prefetched
 from distmaml.recorder import Recorder, check_data, check_origin, file_of
-from distmaml.scoring import Evaluated, Intervals, by_step, interval, score
+from distmaml.scoring import Evaluated, Intervals, by_step, interval, score, scored_steps
 from distmaml.selection import Selection, best_of, selected
 from distmaml.trees import floats, named_leaves, tree_to
 from distmaml.worker import Worker
@@ -143,22 +142,20 @@ def _score(
     """Scores on the first episodes of a split, which are always the same ones."""
     num_episodes = config.evaluation.num_episodes(split)
     steps = config.evaluation.num_eval_steps if learner.algorithm.descends else 0
-    keys = [(mode, f"query_{name}") for mode in ("transductive", *(["inductive"] if inductive else []))
-            for name in ("loss", *learner.objective.metrics)]  # fmt: skip
-    table = torch.zeros(
-        num_episodes, len(keys), steps + 1, dtype=getattr(torch, config.outer.dtype), device=worker.device
-    )
+    modes = ["transductive", *(["inductive"] if inductive else [])]
+    keys = [(mode, f"query_{name}") for mode in modes for name in ("loss", *learner.objective.metrics)]
+    columns = [(*key, step) for key in keys for step in scored_steps(key[0], steps)]
+    table = torch.zeros(num_episodes, len(columns), dtype=getattr(torch, config.outer.dtype), device=worker.device)
     for _, positions in shard(num_episodes, EVALUATION_CHUNK, worker.rank, worker.world_size):
         batch = tree_to(tasks[split].sample(positions), worker.device, table.dtype)
         found = score(learner.algorithm, learner.objective, meta_params, batch, num_steps=steps, inductive=inductive,
                       vectorize=learner.vectorize)  # fmt: skip
-        for column, (mode, metric) in enumerate(keys):
-            table[positions.start : positions.stop, column] = found[mode][metric]
+        table[positions.start : positions.stop] = torch.cat([found[mode][metric] for mode, metric in keys], 1)
     collectives.all_reduce(table)  # every row is zero on all workers but one
-    scores: Intervals = defaultdict(dict)
-    for column, (mode, metric) in enumerate(keys):
-        scores[mode][metric] = [interval(table[:, column, k]) for k in range(steps + 1)]
-    return dict(scores)
+    scores: Intervals = {mode: {} for mode in modes}
+    for (mode, metric, step), values in zip(columns, table.T, strict=True):
+        scores[mode].setdefault(metric, {})[step] = interval(values)
+    return scores
 
 
 def _validate(

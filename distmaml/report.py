@@ -5,6 +5,7 @@ import io
 import json
 import math
 import subprocess
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from distmaml.config import Config, is_custom, to_json
 from distmaml.files import write_text
 from distmaml.options import ImageTaskOptions
 from distmaml.recipes import RECIPES
-from distmaml.scoring import Evaluated, Intervals, by_step
+from distmaml.scoring import Evaluated, Interval, Intervals, after_last, by_step
 from distmaml.segments import committed_segments, read_points
 from distmaml.tasks.images import ImageTasks
 from distmaml.trees import tree_index
@@ -38,7 +39,7 @@ def metrics_of(scores: Intervals, *, prefix: str = "test") -> dict[str, float]:
         group = prefix if mode == "transductive" else f"{prefix}_{mode}"
         for metric, intervals in metrics.items():
             flat.update(by_step(f"{group}/{metric}", intervals))
-            flat[f"{group}/{metric}_interval"] = intervals[-1].half_width
+            flat[f"{group}/{metric}_interval"] = after_last(intervals).half_width
     return flat
 
 
@@ -65,7 +66,7 @@ def write_evaluation(
         "interval": "1.96 * standard deviation / sqrt(num_episodes)",
         "config": to_json(config),
         "scores": {
-            mode: {metric: [value._asdict() for value in values] for metric, values in metrics.items()}
+            mode: {metric: _listed(values) for metric, values in metrics.items()}
             for mode, metrics in found.scores.items()
         },
     }
@@ -76,7 +77,7 @@ def write_evaluation(
     writer.writerow(["batch_norm", "metric", "inner_step", "mean", "half_width_95"])
     for mode, metrics in found.scores.items():
         for metric, values in metrics.items():
-            writer.writerows([mode, metric, k, *value] for k, value in enumerate(values))
+            writer.writerows([mode, metric, k, *value] for k, value in values.items())
     write_text(csv_file, rows.getvalue())
     return [json_file, csv_file]
 
@@ -87,19 +88,26 @@ def table(scores: Intervals) -> str:
     An algorithm without inner steps has one row: adapted.
     """
     columns = [(mode, metric) for mode, metrics in scores.items() for metric in metrics]
-    num_steps = len(next(iter(next(iter(scores.values())).values())))
+    steps = list(next(iter(scores["transductive"].values())))
     head = ["inner step", *(f"{metric} ({mode})" for mode, metric in columns)]
     rows = [head]
-    for k in range(num_steps):
-        cells = [f"{k}" if k else "0 (before)" if num_steps > 1 else "adapted"]
-        for mode, metric in columns:
-            mean, half = scores[mode][metric][k]
-            cells.append(
-                f"{100 * mean:.2f} +- {100 * half:.2f} %" if "accuracy" in metric else f"{mean:.4f} +- {half:.4f}"
-            )
-        rows.append(cells)
+    for k in steps:
+        cells = [f"{k}" if k else "0 (before)" if len(steps) > 1 else "adapted"]
+        rows.append([*cells, *(_cell(metric, scores[mode][metric].get(k)) for mode, metric in columns)])
     widths = [max(len(row[i]) for row in rows) for i in range(len(head))]
     return "\n".join("  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in rows)
+
+
+def _cell(metric: str, value: Interval | None) -> str:
+    if value is None:
+        return "-"
+    mean, half = value
+    return f"{100 * mean:.2f} +- {100 * half:.2f} %" if "accuracy" in metric else f"{mean:.4f} +- {half:.4f}"
+
+
+def _listed(values: Mapping[int, Interval]) -> list[dict[str, float] | None]:
+    """One for each inner step from 0 on; None for a step that was not scored."""
+    return [values[k]._asdict() if k in values else None for k in range(max(values) + 1)]
 
 
 def _overrides(config: Config) -> dict[str, Any]:
@@ -153,10 +161,7 @@ def draw(config: Config, folder: Path, scores: Intervals | None) -> list[Path]:
     pictures.learning_curve(files[0], points, title=title)
     if scores and len(next(iter(scores["transductive"].values()))) > 1:
         metric = config.evaluation.selected_quantity.split("_step_")[0]
-        curves = {
-            mode: ([v.mean for v in metrics[metric]], [v.half_width for v in metrics[metric]])
-            for mode, metrics in scores.items()
-        }
+        curves = {mode: metrics[metric] for mode, metrics in scores.items()}
         files.append(target / "adaptation_curve.png")
         pictures.adaptation_curve(files[-1], curves, metric=metric, title=title)
     if not any(is_custom(name) for name in (config.model, config.objective, config.algorithm, config.tasks)):

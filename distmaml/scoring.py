@@ -1,7 +1,7 @@
 """How good an algorithm is on new tasks: adapt, predict the query set, and say how sure the mean is."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple, TypeAlias
 
 import torch
@@ -17,8 +17,11 @@ from distmaml.trees import Tree, tree_index, tree_leaves, tree_map
 QUERIES_AT_ONCE = 128
 """Each is computed with the whole support set beside it, so that they bound the memory."""
 
+MOST_INDUCTIVE_STEPS = 3
+"""Inner steps after each of which the inductive figure is taken. It costs a pass for each query item."""
+
 Scores: TypeAlias = dict[str, Tensor]
-"""Metric -> one value per inner step, ``[num_steps + 1]``; over tasks ``[num_tasks, num_steps + 1]``."""
+"""Metric -> one value for each of the `scored_steps`, ``[num_scored]``; over tasks ``[num_tasks, num_scored]``."""
 
 
 class Interval(NamedTuple):
@@ -28,8 +31,8 @@ class Interval(NamedTuple):
     half_width: float
 
 
-Intervals: TypeAlias = dict[str, dict[str, list[Interval]]]
-"""Batch-norm mode -> metric -> one interval per inner step, from before adaptation on."""
+Intervals: TypeAlias = dict[str, dict[str, dict[int, Interval]]]
+"""Batch-norm mode -> metric -> inner step, 0 being before adaptation -> the interval after it, in order."""
 
 
 class Evaluated(NamedTuple):
@@ -54,7 +57,7 @@ def score(
     inductive: bool,
     vectorize: bool = True,
 ) -> dict[str, Scores]:
-    """Query loss and metrics of each task from before adaptation to step `num_steps`; nothing random happens.
+    """Query loss and metrics of each task after the `scored_steps`; nothing random happens.
 
     Two figures, because batch statistics see whatever is predicted together. "transductive" predicts the query set at
     once, as the MAML papers do, so that a query item profits from the others. "inductive" predicts each item with the
@@ -62,15 +65,17 @@ def score(
     both are the same.
 
     Returns:
-      Batch-norm mode -> metric -> ``[num_tasks, num_steps + 1]``.
+      Batch-norm mode -> metric -> ``[num_tasks, num_scored]``, `num_scored` being the number of `scored_steps`.
     """
 
     def of_task(task: Episode) -> dict[str, Scores]:
         states = algorithm.adapt(meta_params, task.support, num_steps=num_steps)
-        scores = {"transductive": _stack([_judge(objective, predict_all(state, task), task) for state in states])}
-        if inductive:
-            scores["inductive"] = _stack([_judge(objective, predict_each(state, task), task) for state in states])
-        return scores
+        return {
+            mode: _stack([
+                _judge(objective, predict(states[step], task), task) for step in scored_steps(mode, num_steps)
+            ])
+            for mode, predict in modes.items()
+        }  # fmt: skip
 
     def predict_all(state: Tree, task: Episode) -> Tree:
         return algorithm.predict(meta_params, state, task.query.inputs)
@@ -78,10 +83,18 @@ def score(
     def predict_each(state: Tree, task: Episode) -> Tree:
         return predict_one_by_one(algorithm, meta_params, state, task.support.inputs, task.query.inputs)
 
+    modes = {"transductive": predict_all, **({"inductive": predict_each} if inductive else {})}
     found: dict[str, Scores] = stack_over_tasks(
         algorithm.predict, of_task, tasks._replace(key=None), vectorize=vectorize
     )
     return found
+
+
+def scored_steps(mode: str, num_steps: int) -> list[int]:
+    """The inner steps after which a figure is taken: all, but of many the inductive one before, after the first and
+    after the last alone."""
+    many = mode == "inductive" and num_steps > MOST_INDUCTIVE_STEPS
+    return [0, 1, num_steps] if many else list(range(num_steps + 1))
 
 
 def interval(values: Tensor | Sequence[float]) -> Interval:
@@ -91,11 +104,16 @@ def interval(values: Tensor | Sequence[float]) -> Interval:
     return Interval(float(sample.mean()), half_width)
 
 
-def by_step(metric: str, intervals: Sequence[Interval]) -> dict[str, float]:
+def by_step(metric: str, intervals: Mapping[int, Interval]) -> dict[str, float]:
     """The last mean under the name of the metric, and that after each inner step, if there are any, under
     ``METRIC_step_K``."""
-    steps = {f"{metric}_step_{k}": value.mean for k, value in enumerate(intervals)} if len(intervals) > 1 else {}
-    return {**steps, metric: intervals[-1].mean}
+    steps = {f"{metric}_step_{k}": value.mean for k, value in intervals.items()} if len(intervals) > 1 else {}
+    return {**steps, metric: after_last(intervals).mean}
+
+
+def after_last(intervals: Mapping[int, Interval]) -> Interval:
+    """What an algorithm comes to: after its last inner step."""
+    return intervals[max(intervals)]
 
 
 def predict_one_by_one(

@@ -322,7 +322,9 @@ def test_evaluation_of_the_validation_split_repeats_the_training_runs_figures(tm
     config = waves(tmp_path, "evaluated", num_outer_steps=5)
     values = loop.train(config, LocalWorker())
     found = loop.evaluate(config, LocalWorker(), split="val", step=5).scores["transductive"]["query_loss"]
-    assert [interval.mean for interval in found] == [values[f"val/query_loss_step_{k}"] for k in range(3)]
+    assert {k: interval.mean for k, interval in found.items()} == {
+        k: values[f"val/query_loss_step_{k}"] for k in range(3)
+    }
     assert values["val/query_loss"] == values["val/query_loss_step_2"]
 
 

@@ -118,7 +118,10 @@ def test_pictures_replace_older_ones_and_leave_nothing_else(tmp_path: Path) -> N
     for _ in range(2):
         adaptation_curve(
             tmp_path / "adaptation.png",
-            {"transductive": ([0.2, 0.9], [0.01, 0.01]), "inductive": ([0.2, 0.8], [0.01, 0.02])},
+            {
+                "transductive": {k: (0.2 + 0.1 * k, 0.01) for k in range(6)},
+                "inductive": {0: (0.2, 0.01), 5: (0.6, 0.02)},
+            },
             metric="query_accuracy",
             title="Adaptation",
         )

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from distmaml.algorithms.maml import maml
 from distmaml.episodes import Episode
 from distmaml.objectives import classification, initial_params
-from distmaml.scoring import interval, score
+from distmaml.scoring import interval, score, scored_steps
 from distmaml.trees import tree_leaves, tree_map
 from tests import oracles
 from tests.modules import make
@@ -77,6 +77,17 @@ def test_every_step_equals_descent_by_autograd_one_task_and_one_item_at_a_time(n
                 accuracy = (logits.argmax(-1) == task.query.targets).double().mean().item()
                 assert found[mode]["query_loss"][index, steps].item() == pytest.approx(loss, rel=1e-9)
                 assert found[mode]["query_accuracy"][index, steps].item() == pytest.approx(accuracy, rel=1e-12)
+
+
+def test_of_many_steps_the_inductive_figure_is_taken_before_after_the_first_and_after_the_last() -> None:
+    assert [scored_steps("inductive", k) for k in (0, 1, 3, 4)] == [[0], [0, 1], [0, 1, 2, 3], [0, 1, 4]]
+    assert scored_steps("transductive", 4) == [0, 1, 2, 3, 4]
+    short, found = scored("batch norm", num_steps=1)[3], scored("batch norm", num_steps=4)[3]
+    assert found["transductive"]["query_loss"].shape == (3, 5)
+    torch.testing.assert_close(found["inductive"]["query_loss"][:, :2], short["inductive"]["query_loss"])
+    alone = scored("mlp", num_steps=4)[3]  # without batch statistics both figures are one
+    for metric in ("query_loss", "query_accuracy"):
+        torch.testing.assert_close(alone["inductive"][metric], alone["transductive"][metric][:, [0, 1, 4]])
 
 
 def test_step_zero_is_the_unadapted_model() -> None:

@@ -77,21 +77,20 @@ def _has_outliers(values: Array) -> bool:
 
 
 def adaptation_curve(
-    path: Path, curves: Mapping[str, tuple[Sequence[float], Sequence[float]]], *, metric: str, title: str
+    path: Path, curves: Mapping[str, Mapping[int, tuple[float, float]]], *, metric: str, title: str
 ) -> None:
     """A metric after each inner step, with its 95 % confidence interval.
 
     Args:
-      curves: label -> means [num_inner_steps + 1] and half widths of the interval, of the same shape; accuracies are
-        fractions.
+      curves: label -> inner step -> mean and half width of the interval, in order; accuracies are fractions.
       metric: what is measured, as in query_accuracy.
     """
     figure, (axes,) = new_figure(title)
     factor, unit = scale(metric), " %" if is_accuracy(metric) else ""
     styles = zip(CYCLE, "os^Dv", strict=True)
-    for (label, (means, half_widths)), (color, marker) in zip(curves.items(), styles, strict=False):
-        mean, half = factor * np.asarray(means, dtype=float), factor * np.asarray(half_widths, dtype=float)
-        steps = np.arange(len(mean))
+    for (label, curve), (color, marker) in zip(curves.items(), styles, strict=False):
+        steps = list(curve)
+        mean, half = factor * np.asarray(list(curve.values()), dtype=float).T
         digits = 2 if is_accuracy(metric) else 3
         result = f"{label}: {mean[-1]:.{digits}f} ± {half[-1]:.{digits}f}{unit}"
         axes.fill_between(steps, mean - half, mean + half, color=color, alpha=0.22, linewidth=0)
