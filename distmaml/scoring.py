@@ -72,7 +72,7 @@ def score(
         states = algorithm.adapt(meta_params, task.support, num_steps=num_steps)
         return {
             mode: _stack([
-                _judge(objective, predict(states[step], task), task) for step in scored_steps(mode, num_steps)
+                _judge(objective, predict(states[step], task), task) for step in scored_steps(mode, len(states) - 1)
             ])
             for mode, predict in modes.items()
         }  # fmt: skip

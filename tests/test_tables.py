@@ -197,7 +197,7 @@ def test_adaptation_at_test_is_that_of_training(name: str, model: str, vectorize
 def test_scores_are_those_of_the_adapted_states(variant: str) -> None:
     algorithm, objective, meta_params, tasks = case_of(variant, num_tasks=2)
     steps = 3 if algorithm.descends else 0
-    found = score(algorithm, objective, meta_params, tasks, num_steps=steps, inductive=True)
+    found = score(algorithm, objective, meta_params, tasks, num_steps=3, inductive=True)
     for index in range(2):
         task = tree_index(tasks, index)
         states = algorithm.adapt(meta_params, task.support, num_steps=steps)
