@@ -14,8 +14,9 @@ from distmaml.episodes import Episode, TaskBatch
 from distmaml.objectives import Objective
 from distmaml.trees import Tree, tree_index, tree_leaves, tree_map
 
-QUERIES_AT_ONCE = 128
-"""Each is computed with the whole support set beside it, so that they bound the memory."""
+SAMPLES_AT_ONCE = 128
+"""Of a task in one pass where each query item has the whole support set beside it. They bound the memory: 20 episodes
+side by side go through the model as 2,560 samples, however many queries they ask."""
 
 MOST_INDUCTIVE_STEPS = 3
 """Inner steps after each of which the inductive figure is taken. It costs a pass for each query item."""
@@ -140,7 +141,8 @@ def predict_one_by_one(
     if size == 0:
         return tree_map(lambda leaf: leaf[:0], algorithm.predict(meta_params, state, support_inputs))
     try:
-        return vmap(predict, chunk_size=QUERIES_AT_ONCE)(query_inputs)
+        together = len(tree_leaves(support_inputs)[0]) + 1
+        return vmap(predict, chunk_size=max(1, SAMPLES_AT_ONCE // together))(query_inputs)
     except (RuntimeError, NotImplementedError):  # a recurrent cell, say, has no batching rule
         outputs = [predict(tree_index(query_inputs, i)) for i in range(size)]
         return tree_map(lambda *leaves: torch.stack(leaves), *outputs)

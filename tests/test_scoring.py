@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from distmaml.algorithms.maml import maml
 from distmaml.episodes import Episode
 from distmaml.objectives import classification, initial_params
-from distmaml.scoring import interval, score, scored_steps
+from distmaml.scoring import SAMPLES_AT_ONCE, interval, predict_one_by_one, score, scored_steps
 from distmaml.trees import tree_leaves, tree_map
 from tests import oracles
 from tests.modules import make
@@ -112,6 +112,37 @@ def test_an_item_scored_inductively_does_not_depend_on_the_other_queries() -> No
     for mode, same in (("inductive", True), ("transductive", False)):
         single = torch.stack([found[mode]["query_loss"] for found in each]).mean(0)
         assert torch.allclose(single, whole[mode]["query_loss"], rtol=1e-10, atol=0) == same
+
+
+def test_queries_alone_go_through_in_pieces_of_bounded_size() -> None:
+    """Each has the whole support set beside it: what is in memory must not grow with their number."""
+    case, tasks, _ = make("batch norm")
+    theta = initial_params(case.model)
+    algorithm = maml(classification(case.model), inner_lr=INNER_LR, num_inner_steps=1)
+    seen = []
+
+    def predict(meta: Any, state: Any, inputs: Tensor) -> Any:
+        seen.append(len(inputs))
+        return algorithm.predict(meta, state, inputs)
+
+    support = tasks.support.inputs[0]
+    queries = torch.randn(300, *support.shape[1:], dtype=support.dtype, generator=torch.Generator().manual_seed(0))
+    counted = algorithm._replace(predict=predict)
+    whole = predict_one_by_one(counted, theta, theta, support, queries)
+    together = len(support) + 1
+    assert seen == [together] * math.ceil(300 / (SAMPLES_AT_ONCE // together))
+    for index in (0, 150, 299):
+        alone = algorithm.predict(theta, theta, torch.cat([support, queries[index : index + 1]]))[-1]
+        torch.testing.assert_close(whole[index], alone, rtol=1e-11, atol=1e-12)
+
+
+def test_a_support_set_that_is_larger_than_a_piece_goes_through_with_one_query() -> None:
+    case, tasks, _ = make("mlp")
+    theta = initial_params(case.model)
+    algorithm = maml(classification(case.model), inner_lr=INNER_LR, num_inner_steps=1)
+    support, queries = tasks.support.inputs[0].repeat(SAMPLES_AT_ONCE, 1), tasks.query.inputs[0]
+    found = predict_one_by_one(algorithm, theta, theta, support, queries)
+    torch.testing.assert_close(found, algorithm.predict(theta, theta, queries), rtol=1e-11, atol=1e-12)
 
 
 def test_side_by_side_equals_one_after_the_other() -> None:
