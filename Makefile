@@ -46,9 +46,10 @@ check: .venv/installed
 bench-check: .venv/bench
 	$(BIN)/python -m benchmarks.throughput --short --check docs/results/throughput.json
 
-# One after the other: each of the rest wants all cores for itself.
+# Those that start servers go one after the other: each wants all cores for itself.
 test: check
-	$(BIN)/pytest -q -m '(ray or slow) and not faults'
+	$(BIN)/pytest -q -m 'slow and not (ray or faults)' -n 2 --dist loadfile
+	$(BIN)/pytest -q -m 'ray and not faults'
 
 # Damaged and hostile files before every reader; ten minutes.
 fuzz: .venv/installed

@@ -151,7 +151,9 @@ def write_table(table: Path, results: Path) -> Path:
     before, after = _around(table)
     rows, picture = read_rows(results), picture_of(table)
     if rows:
-        against_published(picture, _panels(rows))
+        has_shares = any(row.share_of_paper is not None for row in rows)
+        note = "behind a name: share of the paper's tasks" if has_shares else ""
+        against_published(picture, _panels(rows), note=note)
     written = table_of(rows, folder=os.path.relpath(results, table.parent)) if rows else "No row yet.\n"
     shown = f"\n![Ours beside the published figures]({picture.parent.name}/{picture.name})\n" if rows else ""
     write_text(table, f"{before}{BEGIN}\n\n{written}{shown}\n{END}{after}")
@@ -328,7 +330,9 @@ def _line(seeds: Sequence[Row], marks: Mapping[str, str], others: Sequence[Seque
 
     first, published = seeds[0], seeds[0].published
     label = first.algorithm + marks.get(_assignments(first.overrides), "")
-    if len({row.tasks for rows in others for row in rows}) > 1:
+    if first.share_of_paper is not None:
+        label += f", {100 * first.share_of_paper:.3g} %"
+    elif len({row.tasks for rows in others for row in rows}) > 1:
         label += f", {first.tasks} tasks"
     label += f", {len(seeds)} seeds" if len(seeds) > 1 else ""
     modes = [row.transductive for row in seeds], [row.inductive for row in seeds]

@@ -295,6 +295,15 @@ def test_the_picture_has_a_line_for_each_kind_of_row_and_grows_with_them(tmp_pat
     assert one.shape[0] < two.shape[0] < panels.shape[0]
 
 
+def test_the_picture_says_how_much_of_the_paper_s_tasks_ours_has_seen_or_how_many() -> None:
+    short, long = row(), row(tasks=1_920_000, name="long", share_of_paper=1.0)
+    labels = [line.label for panel in comparison._panels([short, long]) for line in panel.lines]
+    assert labels == ["maml, 2.5 %", "maml, 100 %"]
+    unknown = [replace(found, share_of_paper=None) for found in (short, long)]
+    labels = [line.label for panel in comparison._panels(unknown) for line in panel.lines]
+    assert labels == ["maml, 48000 tasks", "maml, 1920000 tasks"]
+
+
 def test_what_is_not_there_is_not_drawn(tmp_path: Path) -> None:
     whole = drawn(tmp_path, [row()])
     without = drawn(tmp_path, [row(inductive=None)])

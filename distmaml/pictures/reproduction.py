@@ -51,13 +51,18 @@ class Panel(NamedTuple):
     lines: Sequence[Line]
 
 
-def against_published(path: Path, panels: Sequence[Panel]) -> None:
-    """Ours against published, both with their 95 % intervals: a panel for each setting, a line for each row."""
+def against_published(path: Path, panels: Sequence[Panel], *, note: str = "") -> None:
+    """Ours against published, both with their 95 % intervals: a panel for each setting, a line for each row.
+
+    Args:
+      note: what the labels mean.
+    """
     heights = [_LINE * len(panel.lines) + _FRAME for panel in panels]
     figure = Figure(figsize=(_WIDTH, sum(heights) + 0.9), layout="constrained", facecolor="white")
     all_axes = figure.subplots(len(panels), 1, squeeze=False, height_ratios=heights)[:, 0]
     for axes, panel in zip(all_axes, panels, strict=True):
         _draw(axes, panel)
+    all_axes[0].set_title(note, fontsize=10.5, color=BLACK, loc="right")
     handles = [_handle(kind) for kind in _STYLES if any(_marks(line)[kind] for panel in panels for line in panel.lines)]
     figure.legend(
         handles=handles, loc="outside upper center", ncols=len(_STYLES), fontsize=10.5, frameon=False,
