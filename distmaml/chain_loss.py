@@ -64,11 +64,9 @@ class ChainLoss:
             layer.hat = _convolve(layer, (layer.seen, layer.weight))
             maps = layer.norm_relu_pool()
             layers.append(layer)
-        features = maps.mean((1, 2)) if self._chain.averages else maps.permute(0, 3, 1, 2).flatten(1)
-        outputs = features @ params[f"{self._chain.head}.weight"].detach().t()
-        bias = params.get(f"{self._chain.head}.bias")
+        features = _features(self._chain, maps)
         with torch.enable_grad():
-            leaf = (outputs if bias is None else outputs.add_(bias.detach())).requires_grad_()
+            leaf = _outputs(self._chain, features, params).requires_grad_()
             returned = self._loss(leaf, self._targets)
             (grad,) = torch.autograd.grad(returned[0], leaf, create_graph=twice, materialize_grads=True)
         value, metrics = returned[0].detach(), {name: metric.detach() for name, metric in returned[1].items()}
@@ -102,7 +100,7 @@ class ChainLoss:
         assert t_maps is not None
         head = self._chain.head
         weight, t_weight = params[f"{head}.weight"].detach(), vector[f"{head}.weight"]
-        t_features = t_maps.mean((1, 2)) if self._chain.averages else t_maps.permute(0, 3, 1, 2).flatten(1)
+        t_features = _features(self._chain, t_maps)
         t_outputs = torch.addmm(t_features @ weight.t(), here.features, t_weight.t())
         if f"{head}.bias" in vector:
             t_outputs += vector[f"{head}.bias"]
@@ -132,6 +130,34 @@ class ChainLoss:
         if self._chain.averages:
             return (grad / (height * width)).view(samples, 1, 1, channels).expand(shape).contiguous()
         return grad.view(samples, channels, height, width).permute(0, 2, 3, 1).contiguous()
+
+
+class _Predict(torch.autograd.Function):
+    """The outputs of a chain. Under vmap, whose own way would be torch's slow one, item by item."""
+
+    @staticmethod
+    def forward(chain: Chain, params: Params, inputs: Tensor) -> Tensor:
+        maps = inputs.permute(0, 2, 3, 1).contiguous()
+        for block in chain.blocks:
+            layer = _Layer(block, maps.shape, params)
+            layer.hat = _convolve(layer, (_look(layer, maps), layer.weight))
+            maps = layer.norm_relu_pool()
+        return _outputs(chain, _features(chain, maps), params)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        pass
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[Any, Any, int], chain: Chain, params: Params, inputs: Tensor) -> Any:
+        items = inputs.unbind(in_dims[2])
+        return torch.stack([predict(chain, params, item) for item in items]), 0
+
+
+def predict(chain: Chain, params: Params, inputs: Tensor) -> Tensor:
+    """The outputs of a chain, without derivatives; `inputs` may be batched by vmap, `params` may not."""
+    outputs: Tensor = _Predict.apply(chain, params, inputs)  # type: ignore[no-untyped-call]
+    return outputs
 
 
 class _Pass(NamedTuple):
@@ -231,6 +257,16 @@ class _Layer:
         out = of_maps.new_empty(self.out_shape)
         kernels.max_pool_back(of_maps.numpy(), self.block.pool, self.winners.numpy(), out.numpy())
         return out
+
+
+def _features(chain: Chain, maps: Tensor) -> Tensor:
+    return maps.mean((1, 2)) if chain.averages else maps.permute(0, 3, 1, 2).flatten(1)
+
+
+def _outputs(chain: Chain, features: Tensor, params: Params) -> Tensor:
+    outputs = features @ params[f"{chain.head}.weight"].detach().t()
+    bias = params.get(f"{chain.head}.bias")
+    return outputs if bias is None else outputs.add_(bias.detach())
 
 
 # ------------------------------------------------------------------------------------------------- convolutions

@@ -10,9 +10,10 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.func import vmap
 from torch.nn import functional as F
 
-from distmaml import kernels, loop, paths
+from distmaml import chain_loss, kernels, loop, paths
 from distmaml.algorithms.maml import fomaml, maml
 from distmaml.chain import Block, chain_of
 from distmaml.chain_loss import ChainLoss
@@ -23,7 +24,8 @@ from distmaml.models.conv4 import Conv4
 from distmaml.objectives import Objective, classification, initial_params, objective
 from distmaml.outer import chunk_sum, init_outer, outer_step
 from distmaml.recipes.glyphs import glyphs_maml_5w1s
-from distmaml.scoring import after_last
+from distmaml.scoring import after_last, score
+from distmaml.trees import tree_leaves
 from distmaml.worker import LocalWorker
 from tests import oracles
 
@@ -303,6 +305,55 @@ def test_windows_are_as_large_as_a_byte_can_count(side: int, covered: bool) -> N
     found, _ = summed(target, initial_params(model), tasks)
     expected, _ = summed(target._replace(chain=None), initial_params(model), tasks)
     assert oracles.relative_error(found, expected) < 1e-10
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_outputs_are_those_of_torch_also_of_each_item_beside_the_support_set(name: str) -> None:
+    model, tasks = make(name)
+    chain, theta = chain_of(model), initial_params(model)
+    assert chain is not None
+    support, queries = tasks.support.inputs[0], tasks.query.inputs[0]
+
+    def beside(item: Tensor) -> Tensor:
+        return torch.cat([support, item[None]])
+
+    with torch.no_grad():
+        torch.testing.assert_close(chain_loss.predict(chain, theta, queries), model(queries), rtol=1e-10, atol=1e-12)
+        expected = torch.stack([model(beside(item)) for item in queries])
+        found = vmap(lambda item: chain_loss.predict(chain, theta, beside(item)), chunk_size=4)(queries)
+        moved = vmap(lambda item: chain_loss.predict(chain, theta, beside(item)), in_dims=1)(queries.movedim(0, 1))
+    torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-12)
+    torch.testing.assert_close(moved, expected, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize(("name", "by_hand"), [("conv4 pooled", True), ("conv4", False)])
+def test_a_test_s_predictions_are_by_hand_where_something_is_pooled(
+    name: str, by_hand: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, tasks = make(name)
+    target, theta = classification(model), initial_params(model)
+    algorithm = maml(target, inner_lr=0.1, num_inner_steps=1)
+    calls: list[int] = []
+    own = chain_loss.predict
+
+    def counted(*arguments: Any) -> Tensor:
+        calls.append(1)
+        return own(*arguments)
+
+    monkeypatch.setattr(chain_loss, "predict", counted)
+
+    found = score(algorithm, target, theta, tasks, num_steps=1, inductive=True, vectorize=False)
+    assert bool(calls) == by_hand
+    calls.clear()
+    expected = score(algorithm, target._replace(chain=None), theta, tasks, num_steps=1, inductive=True, vectorize=False)
+    for one, other in zip(tree_leaves(found), tree_leaves(expected), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-11)
+
+    calls.clear()
+    leaves = {key: leaf.requires_grad_() for key, leaf in initial_params(model).items()}
+    outputs = algorithm.predict(theta, leaves, tasks.query.inputs[0])  # which a user may want to differentiate
+    assert outputs.requires_grad
+    assert not calls
 
 
 def test_what_torch_refuses_is_refused() -> None:

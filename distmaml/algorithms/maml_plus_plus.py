@@ -12,6 +12,7 @@ from torch import Tensor
 from distmaml.algorithms import Algorithm, MetaParams, Stateful
 from distmaml.algorithms.norms import Norms, Statistics
 from distmaml.algorithms.passes import check_steps, halves, num_kept, query_gradient, support_loss
+from distmaml.algorithms.passes import predict as predict_by_params
 from distmaml.episodes import Batch, Episode
 from distmaml.inner import Metrics, Params, descend, descend_vjp, differentiable, sgd
 from distmaml.objectives import Moment, Objective
@@ -134,8 +135,10 @@ def maml_plus_plus(
         ]
         return Stateful(found, norms.averaged(statistics, seen)), metrics
 
+    by_params = predict_by_params(objective)
+
     def predict(meta: MetaParams, state: MamlPlusPlusState, inputs: Tree) -> Tree:
-        return objective.predict(state.params, inputs, Moment(0, None))
+        return by_params(meta, state.params, inputs)
 
     def predict_alone(meta: MetaParams, state: MamlPlusPlusState, inputs: Tree) -> Tree:
         return norms.predict(state.params, state.statistics, inputs)

@@ -7,6 +7,8 @@ import torch
 from torch import Tensor
 from torch.func import vjp
 
+from distmaml import chain_loss
+from distmaml.chain import Chain
 from distmaml.chain_loss import ChainLoss
 from distmaml.episodes import Batch, Episode, fold_in
 from distmaml.errors import ConfigError
@@ -66,7 +68,14 @@ def training_metrics(loss: Tensor, metrics: Metrics) -> Metrics:
 
 def predict(objective: Objective) -> Callable[[Any, Params, Tree], Any]:
     """An algorithm's `predict` where an adapted state is the parameters of the model."""
-    return lambda meta_params, params, inputs: objective.predict(params, inputs, Moment(0, None))
+
+    def outputs(meta_params: Any, params: Params, inputs: Tree) -> Any:
+        chain = None if torch.is_grad_enabled() else _known_chain(objective, params, inputs)
+        if chain is not None and any(block.pool > 1 for block in chain.blocks):  # torch's own pooling is what is slow
+            return chain_loss.predict(chain, params, inputs)
+        return objective.predict(params, inputs, Moment(0, None))
+
+    return outputs
 
 
 def halves(key: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
@@ -114,14 +123,20 @@ def check_steps(num_inner_steps: int) -> None:
 
 def _explicit(objective: Objective, params: Params, batch: Batch) -> ExplicitLoss | None:
     """The loss on a batch with its derivatives, where they are known and the faster way to compute them."""
-    chain, inputs = objective.chain, batch.inputs
+    chain = _known_chain(objective, params, batch.inputs)
+    return None if chain is None else ChainLoss(chain, objective.loss, batch.inputs, batch.targets)
+
+
+def _known_chain(objective: Objective, params: Params, inputs: Tree) -> Chain | None:
+    """The model, where `chain_loss` can and should compute it."""
+    chain = objective.chain
     if chain is None or not on_one_graph() or not isinstance(inputs, Tensor) or inputs.device.type != "cpu":
         return None
     if inputs.ndim != 4 or inputs.dtype not in (torch.float32, torch.float64) or params.keys() != chain.parameters:
         return None
     if any(parameter.dtype != inputs.dtype for parameter in params.values()):
         return None
-    return ChainLoss(chain, objective.loss, inputs, batch.targets)
+    return chain
 
 
 class _Merged:
