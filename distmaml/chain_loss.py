@@ -6,6 +6,7 @@ gradient is a forward and a backward pass, and the Hessian-vector product that `
 derivative of both along a direction (Pearlmutter, 1994, "Fast Exact Multiplication by the Hessian",
 https://doi.org/10.1162/neco.1994.6.1.147), with convolutions as products of matrices and the rest fused into the loops
 of `kernels.py`.
+`predict` is the forward pass alone.
 """
 
 from collections.abc import Callable, Iterable
