@@ -1,4 +1,4 @@
-"""The loops over memory of `chain_loss.py`, compiled for this machine's CPU by numba: everything but matrix products.
+"""The loops over memory of `chain_loss.py` and `convolution.py`, compiled for this machine's CPU by numba.
 
 Arrays are numpy views of tensors. Maps are [num_samples, height, width, channels] in that memory order, or flat
 [rows, channels] with one row a pixel, so that the innermost loop always runs over the channels. Sums over rows are

@@ -1038,6 +1038,10 @@ REFUSED: dict[str, tuple[Callable[[], object], str]] = {
         lambda: cavia(classification(nn.Sequential(nn.Embedding(3, 4))), **INNER),
         r"modulated_layer=None must be .* of the model: it has none",
     ),
+    "a layer before a batch norm": (
+        lambda: cavia(setup("conv4").target, **INNER, modulated_layer="convolutions.1"),
+        r"modulated_layer='convolutions.1' is followed by the batch norm 'norms.1'.* Name the batch norm",
+    ),
     "no context": (_mlp(cavia, num_context=0), r"num_context=0 must be 1 or more"),
     "no such modulation": (_mlp(cavia, modulation="film"), r"modulation='film' must be one of shift, scale_shift"),
     "no classes": (_mlp(fine_tuning, num_classes=None), r"these tasks have no classes. Take tasks with classes"),

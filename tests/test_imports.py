@@ -18,6 +18,7 @@ LAYERS = [
     ["conjugate_gradient", "remote"],
     ["episodes", "inner", "journal", "models", "segments", "worker"],
     ["chain", "engine", "store"],
+    ["convolution"],
     ["chain_loss", "objectives"],
     ["algorithms", "datasets"],
     ["config"],

@@ -50,7 +50,7 @@ def cavia(
         model, or, in one without, the first layer.
 
     Raises:
-      ConfigError: no inner step, no context parameter, no such layer.
+      ConfigError: no inner step, no context parameter, no such layer, or one on which a context has no effect.
     """
     check_steps(num_inner_steps)
     if num_context < 1:
@@ -128,6 +128,12 @@ def _modulated(objective: Objective, wanted: str | None) -> tuple[str, int]:
         raise ConfigError(
             f"modulated_layer={wanted!r} must be a linear layer, a convolution or a batch norm of the model: "
             f"{', '.join(layers) or 'it has none'}."
+        )
+    norms = {block.convolution: block.norm for block in objective.chain.blocks} if objective.chain else {}
+    if name in norms:
+        raise ConfigError(
+            f"modulated_layer={name!r} is followed by the batch norm {norms[name]!r}, which takes out again what a "
+            "context does to it. Name the batch norm."
         )
     return name, layers[name]
 
