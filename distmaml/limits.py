@@ -14,7 +14,7 @@ POSITIVE = {
 }  # fmt: skip
 NOT_NEGATIVE = {
     "val_every", "num_test_episodes", "weight_decay", "max_failures", "seed", "annealing_steps", "first_order_steps",
-    "body_lr",
+    "body_lr", "cg_damping",
 }  # fmt: skip
 MOST_INNER_STEPS = 10_000
 POSITIVE_RATES = {

@@ -76,6 +76,8 @@ class ImamlOptions:
     """lambda: how strongly the inner loop is held back at the initialisation, greater than 0."""
     num_cg_steps: int = 5
     """Steps of conjugate gradients for the meta-gradient; for hessian_free also for the direction of an inner step."""
+    cg_damping: float = 0.0
+    """Added to lambda in the linear system of the meta-gradient, against tasks whose loss curves down: 0 or more."""
     solver: Literal["gradient", "hessian_free"] = "gradient"
     """The inner loop: gradient descent with inner_lr, or Newton steps by conjugate gradients with a line search."""
 

@@ -543,10 +543,17 @@ def textbook(product: Callable[[Tensor], Tensor], target: Tensor, num_steps: int
 
 @engines
 @pytest.mark.parametrize(
-    ("name", "weight", "num_cg_steps"), [("mlp", 2.0, 3), ("batch norm", 8.0, 4), ("conv4", 9.0, 4)]
+    ("name", "weight", "damping", "num_cg_steps"),
+    [
+        ("mlp", 2.0, 0.0, 3),
+        ("mlp", 0.5, 3.0, 3),
+        ("batch norm", 8.0, 0.0, 4),
+        ("conv4", 9.0, 0.0, 4),
+        ("conv4", 2.0, 22.0, 4),
+    ],
 )
 def test_imaml_is_conjugate_gradients_on_the_hessian_at_the_end_of_the_inner_loop(
-    name: str, weight: float, num_cg_steps: int, vectorize: bool
+    name: str, weight: float, damping: float, num_cg_steps: int, vectorize: bool
 ) -> None:
     of = setup(name, num_tasks=2)
     expected = torch.zeros(sum(p.numel() for p in of.theta.values()), dtype=torch.float64)
@@ -554,8 +561,9 @@ def test_imaml_is_conjugate_gradients_on_the_hessian_at_the_end_of_the_inner_loo
         phi = proximal(of, task, weight, STEPS)
         curvature = oracles.hessian(partial(oracles.loss_of, of.model, batch=task.support), phi)
         target = oracles.flat(oracles.slope(oracles.loss_of(of.model, phi, task.query), phi, detach=True))
-        expected += textbook(lambda v, h=curvature: v + h(v) / weight, target, num_cg_steps) / 2  # type: ignore[misc]
-    algorithm = imaml(of.target, **INNER, regularization=weight, num_cg_steps=num_cg_steps)
+        expected += textbook(lambda v, h=curvature: v + h(v) / (weight + damping), target, num_cg_steps) / 2  # type: ignore[misc]
+    options: Any = {"regularization": weight, "num_cg_steps": num_cg_steps, "cg_damping": damping}
+    algorithm = imaml(of.target, **INNER, **options)
     found = mean_gradient(algorithm, of.theta, of.tasks, vectorize=vectorize)
     errors = oracles.leaf_errors(found, oracles.unflat(of.theta, expected))
     assert max(errors.values()) < 1e-9, errors
@@ -1023,6 +1031,7 @@ REFUSED: dict[str, tuple[Callable[[], object], str]] = {
     "negative regularization": (_mlp(imaml, regularization=-1.0), r"regularization=-1.0 must be greater than 0"),
     "regularization that is no number": (_mlp(imaml, regularization=math.nan), r"regularization=nan must be greater"),
     "no conjugate gradients": (_mlp(imaml, num_cg_steps=0), r"num_cg_steps=0 must be 1 or more"),
+    "negative damping": (_mlp(imaml, cg_damping=-1.0), r"cg_damping=-1.0 must be 0 or more"),
     "no such solver": (_mlp(imaml, solver="newton"), r"solver='newton' must be one of gradient, hessian_free"),
     "biases without norms": (
         _mlp(maml_plus_plus), r"per_step_biases of maml_plus_plus .* has none: it is a Sequential.*--no-per-step-biases"

@@ -38,6 +38,7 @@ def imaml(
     num_inner_steps: int,
     regularization: float = 2.0,
     num_cg_steps: int = 5,
+    cg_damping: float = 0.0,
     solver: Literal["gradient", "hessian_free"] = "gradient",
 ) -> Algorithm:
     """iMAML (Rajeswaran et al., 2019).
@@ -45,22 +46,25 @@ def imaml(
     ::
 
         phi* = argmin_phi L_support(phi) + lambda / 2 * |phi - theta|^2
-        meta-gradient = (I + H(phi*) / lambda)^{-1} grad L_query(phi*),  H the Hessian of L_support
+        meta-gradient = (I + H(phi*) / (lambda + damping))^{-1} grad L_query(phi*),  H the Hessian of L_support
 
     An approximation in two places, as in the paper: the inner loop comes near phi*, and conjugate gradients come near
-    the solution of the linear system. Where a direction has a curvature of -lambda or less they end before it; if the
-    first one has, what is left is the first-order gradient. Memory and cost of the meta-gradient do not depend on the
+    the solution of the linear system. Where a direction has a curvature of -(lambda + damping) or less they end before
+    it; if the first one has, what is left is the first-order gradient. Of a task whose curvature comes near that the
+    meta-gradient is as large as one likes, and a mean over tasks is its alone: against this there is the damping, which
+    the paper's equations lack and its authors' code has. Memory and cost of the meta-gradient do not depend on the
     number of inner steps.
 
     Args:
       inner_lr: of the gradient solver; it must be well below ``2 / lambda``.
       regularization: lambda.
       num_cg_steps: for the meta-gradient, and for the direction of a Newton step.
+      cg_damping: of the meta-gradient alone; 0 is the paper's equation.
       solver: "gradient": gradient descent on the inner problem. "hessian_free": each inner step goes along the Newton
         direction that conjugate gradients find (Martens, 2010), as far as a line search lets it.
 
     Raises:
-      ConfigError: no inner step, no step of conjugate gradients, a regularization of 0 or less.
+      ConfigError: no inner step, no step of conjugate gradients, a regularization of 0 or less, a negative damping.
     """
     check_steps(num_inner_steps)
     if not regularization > 0:
@@ -75,9 +79,11 @@ def imaml(
         )
     if num_cg_steps < 1:
         raise ConfigError(f"num_cg_steps={num_cg_steps} must be 1 or more.")
+    if not cg_damping >= 0:
+        raise ConfigError(f"cg_damping={cg_damping} must be 0 or more.")
     if solver not in ("gradient", "hessian_free"):
         raise ConfigError(f"solver={solver!r} must be one of gradient, hessian_free.")
-    weight = regularization
+    weight, damped = regularization, regularization + cg_damping
 
     def proximal_step(theta: Params, params: Params, grads: Params, k: int) -> Params:
         return {n: p - inner_lr * (grads[n] + weight * (p - theta[n])) for n, p in params.items()}
@@ -128,7 +134,7 @@ def imaml(
         loss_fn = support_loss(objective, theta, episode.support, support_key)
         curvature = linearize(loss_fn, phi, (), num_inner_steps).transpose
         solution: Params = conjugate_gradient(
-            lambda v: tree_map(lambda x, h: x + h / weight, v, curvature(v)[0]), query_grads, num_cg_steps
+            lambda v: tree_map(lambda x, h: x + h / damped, v, curvature(v)[0]), query_grads, num_cg_steps
         )
         return solution, metrics
 
