@@ -4,15 +4,15 @@ A trial is an ordinary training run, in a folder of its own with checkpoints of 
 its driver is that of the search.
 """
 
-from pathlib import Path
+import functools
 
 import torch
 
-from distmaml import checkpoint, launch, loop, paths
+from distmaml import checkpoint, collectives, launch, loop, paths
 from distmaml.config import Config, override, to_json
 from distmaml.search import TIME, Report, Trial, forwarding
 from distmaml.segments import SegmentWriter, committed_segments, read_points
-from distmaml.worker import LocalWorker
+from distmaml.worker import LocalWorker, Worker
 
 
 def of_trial(config: Config, trial: Trial) -> Config:
@@ -28,14 +28,13 @@ def run_trial(config: Config, gpus: float, trial: Trial, report: Report) -> None
       gpus: of each worker.
     """
     own = of_trial(config, trial)
-    for metrics in _measured(paths.run_folder(own), config.evaluation.selection_metric, after=trial.step):
-        report(metrics)
+    train = functools.partial(train_on, after=trial.step)
     if config.cluster.team[1] == 1:
         device = torch.device("cuda" if gpus else "cpu")
-        loop.train(own, LocalWorker(device, tell=report))
+        train(own, LocalWorker(device, tell=report))
     else:
         launch.fit(
-            loop.train,
+            train,
             own,
             name=own.run.name or "",
             storage_path=paths.ray(paths.output_dir(own.run.output_dir)) / (own.run.name or ""),
@@ -48,8 +47,20 @@ def run_trial(config: Config, gpus: float, trial: Trial, report: Report) -> None
         )
 
 
-def _measured(run: Path, metric: str, *, after: int) -> list[dict[str, float]]:
-    """What an earlier process of a trial measured after a step: it may have been killed before it could report."""
+def train_on(config: Config, worker: Worker, *, after: int) -> dict[str, float]:
+    """What the workers of a trial do: trains, after reporting again what was measured after a step.
+
+    Workers that were killed between a checkpoint and its report leave nobody who trains the steps before it again. What
+    had been heard of is heard twice, which the journal and the rungs count once.
+    """
+    measured = _measured(config, after=after) if worker.rank == 0 else []
+    for number in range(collectives.from_first(len(measured), worker.device)):
+        worker.report(measured[number] if measured else {})  # rank 0's is what counts
+    return loop.train(config, worker)
+
+
+def _measured(config: Config, *, after: int) -> list[dict[str, float]]:
+    run, metric = paths.run_folder(config), config.evaluation.selection_metric
     step = checkpoint.newest(paths.checkpoints(run))
     if step is None:
         return []

@@ -14,7 +14,7 @@ import pytest
 import torch
 from mlflow import MlflowClient
 
-from distmaml import checkpoint, paths, space, study, trials, workers
+from distmaml import checkpoint, loop, paths, space, study, trials, workers
 from distmaml.config import Config, flatten, override, read
 from distmaml.episodes import TaskBatch
 from distmaml.errors import ConfigError, DistmamlError, RunError, TrackingError
@@ -26,9 +26,10 @@ from distmaml.scoring import after_last
 from distmaml.search import Trial
 from distmaml.space import Search
 from distmaml.tasks.images import ImageTasks
-from distmaml.trial import of_trial, run_trial, take_weights
+from distmaml.trial import of_trial, run_trial, take_weights, train_on
+from distmaml.worker import LocalWorker
 from tests.conftest import Job, StartJob
-from tests.runs import pictures, run_serially, tiny_store, waves
+from tests.runs import Member, in_groups, pictures, run_serially, tiny_store, waves
 from tests.test_driver import artifacts, logged_steps, mlflow_runs
 
 SPACE = ("inner_lr=log:0.01:0.1", "outer_lr=log:0.001:0.03", "num_inner_steps=int:1:3")
@@ -225,6 +226,29 @@ def interrupted(config: Config, options: Search, patch: pytest.MonkeyPatch, *, n
         with pytest.raises(KeyboardInterrupt):
             study.tune(config, options)
     assert "RUNNING" not in {run.info.status for run in mlflow_runs(config.run.output_dir or Path())}
+
+
+def train_and_keep_reports(member: Member, config: Config, folder: Path) -> None:
+    reports: list[Mapping[str, float]] = []
+    member.report = reports.append  # type: ignore[method-assign, assignment]
+    train_on(config, member, after=5)
+    torch.save(reports, folder / f"{member.world_size}-{member.rank}.pt")
+
+
+@pytest.mark.slow
+def test_workers_report_again_what_those_before_them_may_not_have_come_to_report(tmp_path: Path) -> None:
+    undisturbed, config = (
+        override(search(folder), {"checkpoint_every": 5}) for folder in (tmp_path / "undisturbed", tmp_path)
+    )
+    expected: list[Mapping[str, float]] = []
+    loop.train(undisturbed, LocalWorker(tell=expected.append))
+    loop.train(override(config, {"num_outer_steps": 15}), LocalWorker())  # killed before any of its reports was heard
+    in_groups(tmp_path / "processes", [2], train_and_keep_reports, config, tmp_path)
+    first, second = (torch.load(tmp_path / f"2-{rank}.pt") for rank in range(2))
+    metric = config.evaluation.selection_metric
+    assert [each["step"] for each in first] == [10, 15, 20]
+    assert [each[metric] for each in first] == [each[metric] for each in expected[1:]]
+    assert len(second) == 3, "Ray Train waits until every worker has reported"
 
 
 @pytest.mark.usefixtures("serially")
