@@ -76,6 +76,7 @@ class Row:
     """What identifies the data, with the hash of their division."""
     date: str
     machine: dict[str, Any]
+    """Its gpu is the model that computed, or None."""
     config: dict[str, Any]
     """Everything else that decides the figures."""
 
@@ -257,11 +258,12 @@ def mean_of_seeds(figures: Sequence[Figure | None]) -> Figure | None:
 def _cells(row: Row, algorithm: str, folder: str) -> tuple[str, ...]:
     digits = _digits(row.unit)
     rose = "-" if row.still_rose is None else f"{round(row.still_rose, digits) + 0.0:+.{digits}f}"  # and never -0.00
+    gpu = f" ({row.machine['gpu']})" if row.machine.get("gpu") else ""
     commit = "-" if row.commit is None else row.commit[:7] + ("+" if row.commit.endswith("+") else "")
     return (
         algorithm, row.setting, _linked(row.published), figure_text(row.transductive, row.unit),
         figure_text(row.inductive, row.unit), _steps(row), rose, str(row.num_test_episodes), str(row.seed),
-        f"{row.minutes:.1f}", f"{row.cpu_seconds:.0f}", commit, f"[json]({folder}/{row.name}.json)",
+        f"{row.minutes:.1f}{gpu}", f"{row.cpu_seconds:.0f}", commit, f"[json]({folder}/{row.name}.json)",
     )  # fmt: skip
 
 

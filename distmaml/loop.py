@@ -126,7 +126,7 @@ def evaluate(config: Config, worker: Worker, *, split: str = "test", step: int |
     learner = build.learner(trained, build.shapes(tasks["train"]), worker.device)
     meta_params = outer.load_meta_params(learner.meta_params, tensors, prefix="" if step is None else outer.META_PARAMS)
     scores = _score(config, worker, learner, meta_params, tasks, split, inductive=config.evaluation.inductive)
-    return Evaluated(document["step"], scores)
+    return Evaluated(document["step"], scores, gpu.model_of(worker.device))
 
 
 def _score(

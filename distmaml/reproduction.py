@@ -327,7 +327,7 @@ def row_of(plan: Plan) -> Row:
         commit=tested["commit"],
         dataset=tested["dataset"],
         date=datetime.fromtimestamp(points[-1].timestamp_ms / 1000, UTC).date().isoformat(),
-        machine={"processor": _processor(), "cores": os.cpu_count()},
+        machine={"processor": _processor(), "cores": os.cpu_count(), "gpu": tested.get("gpu")},
         config={field: value for field, value in as_recipe(config).items() if field != "data_dir"},
     )
 

@@ -42,10 +42,12 @@ class Evaluated(NamedTuple):
     Attributes:
       step: outer steps that the model was trained for.
       scores: over all episodes.
+      gpu: the model of what computed them; None on a CPU.
     """
 
     step: int
     scores: Intervals
+    gpu: str | None = None
 
 
 def score(

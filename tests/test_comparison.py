@@ -95,6 +95,11 @@ def test_a_line_says_everything_about_its_row() -> None:
     assert len(table_of([row()], folder="rows").splitlines()[0].split("|")) == 15
 
 
+def test_a_line_names_the_gpu() -> None:
+    made = row(machine={"processor": "a CPU", "cores": 16, "gpu": "NVIDIA H100"})
+    assert cells([made])[0][9:11] == ["12.4 (NVIDIA H100)", "1234"]
+
+
 def test_a_regression_has_its_own_digits_and_what_is_not_there_is_a_dash() -> None:
     wave = row(
         "sinusoid-maml-5s", unit="mean squared error", setting="sinusoid 5-shot", inductive=None, published=None,
