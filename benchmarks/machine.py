@@ -8,14 +8,9 @@ from pathlib import Path
 
 import torch
 
+from distmaml.machine import processor
+
 ROOT = Path(__file__).parent.parent
-
-
-def processor() -> str:
-    """The model of the processor."""
-    lines = Path("/proc/cpuinfo").read_text().splitlines()
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.machine()
 
 
 def cores() -> int:

@@ -14,6 +14,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
+from scipy.special import stdtrit
+
 from distmaml.errors import ConfigError, RunError, first_line
 from distmaml.files import write_text
 from distmaml.pictures.reproduction import Line, Mark, Panel, against_published
@@ -109,19 +111,28 @@ def read_rows(results: Path) -> list[Row]:
     Raises:
       RunError: a file that holds no row.
     """
-    rows = []
-    for file in sorted(results.glob("*.json")):
-        try:
-            fields = json.loads(file.read_text())
-            published = fields.pop("published")
-            rows.append(Row(**fields, published=None if published is None else Published(**published)))
-            table_of(rows[-1:], folder="")  # what cannot be shown is no row either
-        except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
-            raise RunError(
-                f"{file} is no row of a reproduction, or one of another version ({first_line(error)}). Move it away, "
-                "or name another folder by --results."
-            ) from error
-    return sorted(rows, key=_rank)
+    return sorted((read_row(file) for file in results.glob("*.json")), key=_rank)
+
+
+def read_row(file: Path) -> Row:
+    """The row in a file.
+
+    Raises:
+      RunError: it holds none, or that of another file: a copy would count as a seed of its own.
+    """
+    try:
+        fields = json.loads(file.read_text())
+        published = fields.pop("published")
+        row = Row(**fields, published=None if published is None else Published(**published))
+        table_of([row], folder="")  # what cannot be shown is no row either
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+        raise RunError(
+            f"{file} is no row of a reproduction, or one of another version ({first_line(error)}). Move it away, or "
+            "name another folder by --results."
+        ) from error
+    if row.name != file.stem:
+        raise RunError(f"{file} holds the row {row.name}. Name it {row.name}.json, or move it away.")
+    return row
 
 
 def _rank(row: Row) -> tuple[Any, ...]:
@@ -190,10 +201,11 @@ HEAD = (
 )  # fmt: skip
 
 NOTE = """\
-"transductive" or "inductive" beside a published figure says which of ours it is to be held against. +-: 1.96 standard
-errors, over the test episodes of a seed or over the seeds of a mean. Rows of one setting and seed that ask as many
-queries have the same test episodes. Validation still rose by: from two thirds of the outer steps to the last one, in
-points; of a loss, by how much it fell. CPU-s: of training and validation, of all workers."""
+"transductive" or "inductive" beside a published figure says which of ours it is to be held against. +-: a 95 %
+interval, 1.96 standard errors over the test episodes of a seed; over the seeds of a mean Student's t in place of 1.96.
+Rows of one setting and seed that ask as many queries and turn the images of the same split alike have the same test
+episodes. Validation still rose by: from two thirds of the outer steps to the last one, in points; of a loss, by how
+much it fell. CPU-s: of training and validation, of all workers. Behind the minutes: the GPU, where there was one."""
 
 
 def table_of(rows: Sequence[Row], *, folder: str) -> str:
@@ -245,14 +257,18 @@ def figure_text(found: Figure | None, unit: str) -> str:
 
 
 def mean_of_seeds(figures: Sequence[Figure | None]) -> Figure | None:
-    """The mean of the means of some seeds, with ``1.96 * s / sqrt(N)``; None where a seed has no such figure."""
+    """The mean of the means of N seeds, with ``t * s / sqrt(N)``; None where a seed has no such figure.
+
+    t is Student's for 95 % with N - 1 degrees of freedom: 12.7 for two seeds, 4.3 for three.
+    """
     found = [figure["mean"] for figure in figures if figure is not None]
     means = [mean for mean in found if mean is not None]
     if len(found) < len(figures):
         return None
     if len(means) < len(figures):
         return {"mean": None, "half_width": None}
-    return {"mean": statistics.mean(means), "half_width": 1.96 * statistics.stdev(means) / math.sqrt(len(means))}
+    t = float(stdtrit(len(means) - 1, 0.975))
+    return {"mean": statistics.mean(means), "half_width": t * statistics.stdev(means) / math.sqrt(len(means))}
 
 
 def _cells(row: Row, algorithm: str, folder: str) -> tuple[str, ...]:

@@ -291,8 +291,8 @@ def parse_field(config: Config, name: str, text: str) -> Any:
     if name not in hints:
         raise ConfigError(unknown("option", name, hints))
     try:
-        value = None if text == "none" else json.loads(text)
-    except ValueError:
+        value = None if text == "none" and type(None) in typing.get_args(hints[name]) else json.loads(text)
+    except (ValueError, RecursionError):
         value = text
     return typed(name, text if hints[name] is str else value, hints[name])
 

@@ -43,11 +43,6 @@ def replayed(function: OnTasks, device: torch.device, *, steady_from: int | None
     return call
 
 
-def model_of(device: torch.device) -> str | None:
-    """What a GPU is called, "NVIDIA H100 80GB HBM3"; None for another device."""
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else None
-
-
 class _Recording:
     """A CUDA graph with the places that its tasks go to."""
 

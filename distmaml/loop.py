@@ -15,6 +15,7 @@ from distmaml import build, checkpoint, collectives, gpu, mirror, outer, paths
 from distmaml.config import Config, from_json
 from distmaml.episodes import TaskDistribution, num_chunks, shard
 from distmaml.errors import DivergenceError
+from distmaml.machine import machine_of
 from distmaml.meter import Meter
 from distmaml.prefetch import prefetched
 from distmaml.recorder import Recorder, check_data, check_origin, file_of
@@ -126,7 +127,7 @@ def evaluate(config: Config, worker: Worker, *, split: str = "test", step: int |
     learner = build.learner(trained, build.shapes(tasks["train"]), worker.device)
     meta_params = outer.load_meta_params(learner.meta_params, tensors, prefix="" if step is None else outer.META_PARAMS)
     scores = _score(config, worker, learner, meta_params, tasks, split, inductive=config.evaluation.inductive)
-    return Evaluated(document["step"], scores, gpu.model_of(worker.device))
+    return Evaluated(document["step"], scores, machine_of(worker.device))
 
 
 def _score(

@@ -63,7 +63,7 @@ def write_evaluation(
         "outer_steps": found.step,
         "num_episodes": config.evaluation.num_episodes(split),
         "first_episode": 0,
-        "gpu": found.gpu,
+        "machine": found.machine,
         "interval": "1.96 * standard deviation / sqrt(num_episodes)",
         "config": to_json(config),
         "scores": {

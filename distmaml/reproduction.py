@@ -7,12 +7,10 @@ is there is left alone, and a run that was interrupted goes on.
 import hashlib
 import json
 import math
-import os
-import platform
 import re
 import shlex
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -23,7 +21,7 @@ import tyro
 
 from distmaml import checkpoint, comparison, driver, experiment, paths, workers
 from distmaml.comparison import Figure, Row, figure_text, published_text
-from distmaml.config import Config, as_recipe, flatten, is_repeated, override, parse_field, read, to_json
+from distmaml.config import Config, as_recipe, flatten, override, parse_field, read, to_json
 from distmaml.errors import ConfigError, DistmamlError, RunError, unknown
 from distmaml.interrupt import interruptible
 from distmaml.progress import say
@@ -33,6 +31,7 @@ from distmaml.segments import Point, committed_segments, committed_step, read_po
 from distmaml.tracking.outbox import Outbox
 
 LEAST_TEST_EPISODES = 600
+MOST_TASKS = 10**12
 NUM_VALIDATIONS, NUM_CHECKPOINTS = 12, 60
 """Of a run. A crash costs a 60th of it: some minutes of one that takes a night."""
 SCHEDULES = ("annealing_steps", "first_order_steps")
@@ -116,22 +115,24 @@ def reproduce(request: Request) -> list[str]:
         failed = []
         for number, plan in enumerate(plans):
             file = comparison.file_of(request.results, plan.name)
-            if file.exists():
-                say(f"{plan.name} is there: {file}")
-                continue
             try:
+                if file.exists():
+                    _check_same(comparison.read_row(file), plan, file)
+                    say(f"{plan.name} is there: {file}")
+                    continue
                 say(f"{plan.name} ({number + 1} of {len(plans)}): {plan.config.outer.num_outer_steps} outer steps")
                 _train(plan)
                 row = row_of(plan)
                 comparison.write_row(request.results, row)
                 say(f"{plan.name}: {_in_short(row)}")
-                comparison.write_table(request.table, request.results)
             except DistmamlError as error:
                 say(f"error: {plan.name}: {error}")
                 failed.append(plan.name)
             except KeyboardInterrupt:
                 say(f"Stopped in {plan.name}, row {number + 1} of {len(plans)}: the same command goes on with it.")
                 raise
+            with suppress(DistmamlError):  # said at the end, when all rows are there
+                comparison.write_table(request.table, request.results)
         comparison.write_table(request.table, request.results)
     return failed
 
@@ -160,8 +161,8 @@ def plans_of(request: Request) -> list[Plan]:
         raise ConfigError("there is nothing to reproduce: name one recipe or more; --list shows them.")
     if request.tasks is None:
         raise ConfigError("--tasks does not say for how many tasks to train each, as in --tasks 48000.")
-    if request.tasks < 1:
-        raise ConfigError(f"--tasks {request.tasks} must be 1 or more.")
+    if not 1 <= request.tasks <= MOST_TASKS:
+        raise ConfigError(f"--tasks {request.tasks!s:.20} must be 1 or more, and {MOST_TASKS:g} or less.")
     if () in request.changes:
         raise ConfigError("--set has no field=value behind it, as in --set inner_lr=0.1.")
     if not request.seeds:
@@ -179,7 +180,9 @@ def _plan(request: Request, recipe: str, tasks: int, seed: int) -> Plan:
     if recipe not in RECIPES:
         raise ConfigError(unknown("recipe", recipe, RECIPES))
     config, overrides = _changed(RECIPES[recipe](), [text for texts in request.changes for text in texts])
-    num_outer_steps = math.ceil(tasks / config.outer.meta_batch_size)
+    if config.outer.meta_batch_size < 1:
+        raise ConfigError(f"--set meta_batch_size={config.outer.meta_batch_size} must be 1 or more.")
+    num_outer_steps = -(-tasks // config.outer.meta_batch_size)
     schedules = _shrunk(config, num_outer_steps, overrides)
     derived = {
         "num_outer_steps": num_outer_steps,
@@ -258,6 +261,30 @@ def _check_writable(folder: Path, option: str) -> None:
 # ----------------------------------------------------------------------------------------------------- rows
 
 
+def _check_same(row: Row, plan: Plan, file: Path) -> None:
+    """Refuses to take a row for that of a plan which it is not, since the recipe has changed.
+
+    Raises:
+      RunError: naming what differs.
+    """
+    different = _differences(row.config, plan)
+    if different:
+        raise RunError(
+            f"{file} was made with other settings: {', '.join(different)}. Move it away, or name another folder by "
+            "--results."
+        )
+
+
+def _differences(before: Mapping[str, Any], plan: Plan) -> list[str]:
+    """In what an earlier configuration, from `as_recipe`, is not that of a plan; where the data lie does not count."""
+    now = as_recipe(plan.config)
+    return [
+        f"{name}={now.get(name)!r} (was {was!r})"
+        for name, was in before.items()
+        if name != "data_dir" and now.get(name) != was
+    ]
+
+
 def _train(plan: Plan) -> None:
     """Trains and tests a run, from where it stands.
 
@@ -266,10 +293,11 @@ def _train(plan: Plan) -> None:
     """
     folder = paths.run_folder(plan.config)
     if checkpoint.steps(paths.checkpoints(folder)) and paths.config_file(folder).exists():
-        if not is_repeated(to_json(read(paths.config_file(folder))), plan.config):
+        different = _differences(as_recipe(read(paths.config_file(folder))), plan)
+        if different:
             raise RunError(
-                f"{folder} holds a run of that name that was trained with other settings. Move it away, or name "
-                "another --output-dir."
+                f"{folder} holds a run of that name that was trained with other settings: {', '.join(different)}. Move "
+                "it away, or name another --output-dir."
             )
         if experiment.status(folder) == "FINISHED":
             say(f"It is trained already: the row is that of the run in {folder}.")
@@ -327,7 +355,7 @@ def row_of(plan: Plan) -> Row:
         commit=tested["commit"],
         dataset=tested["dataset"],
         date=datetime.fromtimestamp(points[-1].timestamp_ms / 1000, UTC).date().isoformat(),
-        machine={"processor": _processor(), "cores": os.cpu_count(), "gpu": tested.get("gpu")},
+        machine=tested.get("machine", {}),
         config={field: value for field, value in as_recipe(config).items() if field != "data_dir"},
     )
 
@@ -368,12 +396,3 @@ def _in_short(row: Row) -> str:
     ours = figure_text(row.transductive, row.unit), figure_text(row.inductive, row.unit)
     unit = "%" if row.unit == "percent" else row.unit
     return f"{ours[0]} {unit} transductive, {ours[1]} inductive; published {published_text(row.published)}"
-
-
-def _processor() -> str:
-    """The model of the processor."""
-    with suppress(OSError):
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.machine()

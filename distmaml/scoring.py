@@ -2,15 +2,16 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
 from torch.func import vmap
 
 from distmaml.algorithms import Algorithm, MetaParams
-from distmaml.engine import stack_over_tasks
+from distmaml.engine import stack_over_tasks, warn_once
 from distmaml.episodes import Episode, TaskBatch
+from distmaml.errors import first_line
 from distmaml.objectives import Objective
 from distmaml.trees import Tree, tree_index, tree_leaves, tree_map
 
@@ -42,12 +43,12 @@ class Evaluated(NamedTuple):
     Attributes:
       step: outer steps that the model was trained for.
       scores: over all episodes.
-      gpu: the model of what computed them; None on a CPU.
+      machine: what computed them, from `machine_of`.
     """
 
     step: int
     scores: Intervals
-    gpu: str | None = None
+    machine: Mapping[str, Any]
 
 
 def score(
@@ -145,7 +146,10 @@ def predict_one_by_one(
     try:
         together = len(tree_leaves(support_inputs)[0]) + 1
         return vmap(predict, chunk_size=max(1, SAMPLES_AT_ONCE // together))(query_inputs)
-    except (RuntimeError, NotImplementedError):  # a recurrent cell, say, has no batching rule
+    except torch.OutOfMemoryError:
+        raise
+    except (RuntimeError, NotImplementedError) as error:  # a recurrent cell, say, has no batching rule
+        warn_once(f"Predicting one query item after the other in the inductive test ({first_line(error)[:160]}).")
         outputs = [predict(tree_index(query_inputs, i)) for i in range(size)]
         return tree_map(lambda *leaves: torch.stack(leaves), *outputs)
 

@@ -16,7 +16,8 @@ def main(request: reproduction.Request) -> int:
     for name in failed:
         print(f"failed   {name}")
     print(f"table    {request.table}")
-    print(f"picture  {comparison.picture_of(request.table)}")
+    if comparison.picture_of(request.table).exists():
+        print(f"picture  {comparison.picture_of(request.table)}")
     return 2 if failed else 0
 
 

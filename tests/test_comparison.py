@@ -146,7 +146,7 @@ def test_code_that_is_in_no_commit_is_marked() -> None:
 
 
 def test_seeds_have_a_line_each_and_their_mean() -> None:
-    # The means 96, 97 and 98 have a standard deviation of 1: 1.96 / sqrt(3) = 1.13.
+    # The means 96, 97 and 98 have a standard deviation of 1, and t is 4.303: 4.303 / sqrt(3) = 2.48.
     seeds = [row(seed=seed, transductive={"mean": 96.0 + seed, "half_width": 0.2}) for seed in range(3)]
     seeds[2] = replace(seeds[2], inductive={"mean": None, "half_width": None})
     found = cells([*seeds, row("omniglot-anil-5w1s")])
@@ -154,7 +154,7 @@ def test_seeds_have_a_line_each_and_their_mean() -> None:
         ("maml", "96.00 +- 0.20", "0"),
         ("maml", "97.00 +- 0.20", "1"),
         ("maml", "98.00 +- 0.20", "2"),
-        ("maml", "97.00 +- 1.13", "mean of 3 seeds"),
+        ("maml", "97.00 +- 2.48", "mean of 3 seeds"),
         ("anil", "96.30 +- 0.25", "0"),
     ]
     assert found[3][4] == "not finite"
@@ -165,7 +165,7 @@ def test_the_mean_of_seeds_without_a_figure_has_none() -> None:
     assert mean_of_seeds([{"mean": 1.0, "half_width": 0.1}, None]) is None
     assert mean_of_seeds([{"mean": 1.0, "half_width": 0.1}, {"mean": 3.0, "half_width": 0.1}]) == {
         "mean": 2.0,
-        "half_width": pytest.approx(1.96),  # the standard deviation is sqrt(2)
+        "half_width": pytest.approx(12.706, abs=1e-3),  # t; the standard deviation is sqrt(2)
     }
 
 
@@ -265,6 +265,13 @@ def test_a_file_without_a_place_for_the_table_is_told_which_lines_to_add(tmp_pat
     with pytest.raises(ConfigError, match=r"does not have the lines <!-- reproduction: begin --> and .*Add the two"):
         comparison.check_table(tmp_path / "RESULTS.md")
     assert (tmp_path / "RESULTS.md").read_text() == text
+
+
+def test_a_copy_of_a_row_is_no_other_seed(tmp_path: Path) -> None:
+    write_row(tmp_path, row())
+    (tmp_path / "copy.json").write_bytes(comparison.file_of(tmp_path, row().name).read_bytes())
+    with pytest.raises(RunError, match=r"copy\.json holds the row reproduce-.*-s0\. Name it reproduce-.*-s0\.json"):
+        read_rows(tmp_path)
 
 
 def test_a_table_in_no_file_is_refused(tmp_path: Path) -> None:

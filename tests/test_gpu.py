@@ -192,6 +192,6 @@ def test_a_run_on_a_gpu_learns_and_goes_on_where_it_stopped(precision: str, tmp_
     values = loop.train(config, worker)
     assert values["step"] == 40
     tested = loop.evaluate(config, worker)
-    assert tested.gpu == torch.cuda.get_device_name()
+    assert tested.machine["gpu"] == torch.cuda.get_device_name()
     assert after_last(tested.scores["transductive"]["query_accuracy"]).mean > 0.35
     assert build.dataset_record(config) is not None

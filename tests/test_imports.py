@@ -27,6 +27,7 @@ LAYERS = [
         "checkpoint",
         "collectives",
         "gpu",
+        "machine",
         "meter",
         "outer",
         "paths",

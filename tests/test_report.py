@@ -31,8 +31,8 @@ def test_the_table_has_a_dash_where_there_is_no_figure() -> None:
 
 
 def test_the_files_have_null_and_no_line_where_there_is_no_figure(tmp_path: Path) -> None:
-    json_file, csv_file = report.write_evaluation(sinusoid_maml_5s(), tmp_path, Evaluated(7, SCORES, "a GPU"))
-    assert json.loads(json_file.read_text())["gpu"] == "a GPU"
+    json_file, csv_file = report.write_evaluation(sinusoid_maml_5s(), tmp_path, Evaluated(7, SCORES, {"gpu": "a GPU"}))
+    assert json.loads(json_file.read_text())["machine"] == {"gpu": "a GPU"}
     scores = json.loads(json_file.read_text())["scores"]
     assert [entry and entry["mean"] for entry in scores["inductive"]["query_accuracy"]] == [0.2, 0.25, None, None, 0.5]
     assert len(scores["transductive"]["query_accuracy"]) == 5

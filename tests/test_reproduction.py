@@ -1,6 +1,7 @@
 """Published experiments once more: what a row is, what is refused before one is trained, and how a command goes on."""
 
 import json
+import os
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -76,6 +77,11 @@ def test_what_is_set_is_in_the_run_and_wins_over_what_follows_from_the_tasks() -
     flat = flatten(found.config)
     assert [flat[field] for field in ("val_every", "inner_lr", "clip_norm", "num_filters")] == [7, 0.05, None, 16]
     assert found.overrides == {"val_every": 7, "inner_lr": 0.05, "clip_norm": None, "num_filters": 16}
+
+
+def test_none_is_a_name_where_a_field_has_such_a_one() -> None:
+    assert plan(GLYPHS, changes=("rotations=none",)).overrides == {"rotations": "none"}
+    assert plan(GLYPHS, changes=("clip_norm=none",)).overrides == {"clip_norm": None}
 
 
 def test_another_model_may_be_set_with_its_own_options() -> None:
@@ -250,6 +256,10 @@ def untrained(monkeypatch: pytest.MonkeyPatch) -> None:
             {"changes": ("num_filters=8",)},
             "for sinusoid-maml-5s: unknown field .*Known: address, check",
         ),
+        ([WAVES], {"changes": ("meta_batch_size=0",)}, "--set meta_batch_size=0 must be 1 or more"),
+        ([WAVES], {"tasks": 10**400}, r"--tasks .* must be 1 or more, and 1e\+12 or less"),
+        ([WAVES], {"changes": (f"inner_lr={'[' * 20_000}",)}, r"inner_lr='\[\[.* must be a number"),
+        ([GLYPHS], {"changes": ("rotations=no",)}, "rotations='no' must be one of none, train, all"),
         ([WAVES], {"changes": ()}, "--set has no field=value behind it"),
         ([WAVES], {"changes": ("inner_lr",)}, "--set inner_lr must be field=value"),
         ([WAVES], {"changes": ("inner_lr=fast",)}, "inner_lr='fast' must be a number"),
@@ -317,6 +327,7 @@ def test_a_row_holds_what_its_run_came_to(place: Place, monkeypatch: pytest.Monk
     assert found.overrides["hidden_sizes"] == [4]
     assert found.published is not None
     assert "data_dir" not in found.config
+    assert (found.machine["cores"], found.machine["gpu"]) == (os.cpu_count(), None)
     assert from_json(found.config).outer == plans_of(request)[0].config.outer
     text = place.table.read_text()
     assert f"[json](rows/{found.name}.json)" in text
@@ -363,7 +374,35 @@ def test_a_run_of_other_settings_under_a_rows_name_is_not_taken_for_it(
     (planned,) = plans_of(request)
     driver.train(override(planned.config, {"outer_lr": 0.5}))
     assert reproduce(request) == [planned.name]
-    assert "trained with other settings. Move it away, or name another --output-dir." in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "trained with other settings: outer_lr=0.001 (was 0.5). Move it away, or name another --output-dir." in said
+
+
+@pytest.mark.usefixtures("serially")
+def test_a_row_of_other_settings_is_not_taken_for_the_same(place: Place, capsys: pytest.CaptureFixture[str]) -> None:
+    request = place.request(WAVES)
+    assert reproduce(request) == []
+    (made,) = place.results.iterdir()
+    row = json.loads(made.read_text())
+    row["config"]["outer_lr"] = 0.5  # of the recipe as it was
+    made.write_text(json.dumps(row))
+    assert reproduce(request) == [made.stem]
+    said = capsys.readouterr().err
+    assert "was made with other settings: outer_lr=0.001 (was 0.5). Move it away, or name another folder" in said
+
+
+@pytest.mark.usefixtures("serially")
+def test_a_table_that_goes_away_in_between_leaves_the_rows(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    train = driver.train
+
+    def trained(config: Any) -> Any:
+        place.table.write_text("someone else's")
+        return train(config)
+
+    monkeypatch.setattr(driver, "train", trained)
+    with pytest.raises(ConfigError, match="does not have the lines"):
+        reproduce(place.request(WAVES, seeds=(0, 1)))
+    assert len(read_rows(place.results)) == 2
 
 
 @pytest.mark.usefixtures("serially")

@@ -9,7 +9,7 @@ from torch.func import vjp
 
 from distmaml.algorithms import Algorithm
 from distmaml.algorithms.heads import body_of, head_of
-from distmaml.algorithms.passes import check_steps, halves, predict, query_gradient
+from distmaml.algorithms.passes import check_rate, check_steps, halves, predict, query_gradient
 from distmaml.episodes import Batch, Episode
 from distmaml.inner import LossFn, Metrics, Params, descend, descend_vjp, sgd
 from distmaml.objectives import Moment, Objective
@@ -29,9 +29,10 @@ def anil(objective: Objective, *, inner_lr: float, num_inner_steps: int) -> Algo
     The arguments are those of `maml`.
 
     Raises:
-      ConfigError: no inner step; a model that is nothing but its head.
+      ConfigError: no inner step, no rate above 0; a model that is nothing but its head.
     """
     check_steps(num_inner_steps)
+    check_rate(inner_lr)
     body_of(objective, dict(objective.model.named_parameters()), "anil")
     rule = sgd(inner_lr)
 

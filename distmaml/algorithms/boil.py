@@ -7,6 +7,7 @@ https://arxiv.org/abs/2008.08882.
 from distmaml.algorithms import Algorithm
 from distmaml.algorithms.heads import body_of
 from distmaml.algorithms.maml import by_rule
+from distmaml.algorithms.passes import check_rate
 from distmaml.inner import sgd_by_name
 from distmaml.objectives import Objective
 
@@ -22,7 +23,8 @@ def boil(objective: Objective, *, inner_lr: float, num_inner_steps: int) -> Algo
     The meta-gradient is exact, for the head too. The arguments are those of `maml`.
 
     Raises:
-      ConfigError: no inner step; a model that is nothing but its head.
+      ConfigError: no inner step, no rate above 0; a model that is nothing but its head.
     """
+    check_rate(inner_lr)
     moves = body_of(objective, dict(objective.model.named_parameters()), "boil").keys()
     return by_rule(objective, sgd_by_name(lambda name: inner_lr if name in moves else 0.0), num_inner_steps)

@@ -4,13 +4,14 @@ Zintgraf, Shiarlis, Kurin, Hofmann, Whiteson (2019), "Fast Context Adaptation vi
 https://arxiv.org/abs/1810.03642.
 """
 
+import itertools
 from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from distmaml.algorithms import Algorithm
-from distmaml.algorithms.passes import check_steps, halves, training_metrics, uniform
+from distmaml.algorithms.passes import check_rate, check_steps, halves, training_metrics, uniform
 from distmaml.episodes import Batch, Episode
 from distmaml.errors import ConfigError
 from distmaml.inner import LossFn, Metrics, Params, descend, descend_vjp, gradient_and_value, sgd
@@ -46,13 +47,16 @@ def cavia(
     Args:
       inner_lr: 1.0 in the paper.
       num_context: context parameters.
-      modulated_layer: name of a batch norm, a linear layer or a convolution; by default the first batch norm of the
-        model, or, in one without, the first layer.
+      modulated_layer: name of a batch or instance norm, a linear layer or a convolution; by default the first norm of
+        the model, or, in one without, the first layer.
 
     Raises:
-      ConfigError: no inner step, no context parameter, no such layer, or one on which a context has no effect.
+      ConfigError: no inner step, no rate above 0, no context parameter, no such modulation, no such layer, or one that
+        a norm over samples or positions follows, in a `torch.nn.Sequential` or a known chain, or that the model never
+        calls.
     """
     check_steps(num_inner_steps)
+    check_rate(inner_lr)
     if num_context < 1:
         raise ConfigError(f"num_context={num_context} must be 1 or more: the inner loop moves nothing else.")
     if modulation not in ("shift", "scale_shift"):
@@ -126,23 +130,38 @@ def _modulated(objective: Objective, wanted: str | None) -> tuple[str, int]:
     name = next(iter(layers), "") if wanted is None else wanted
     if name not in layers:
         raise ConfigError(
-            f"modulated_layer={wanted!r} must be a linear layer, a convolution or a batch norm of the model: "
-            f"{', '.join(layers) or 'it has none'}."
+            f"modulated_layer={wanted!r} must be a linear layer, a convolution, a batch or instance norm of the "
+            f"model: {', '.join(layers) or 'it has none'}."
         )
-    norms = {block.convolution: block.norm for block in objective.chain.blocks} if objective.chain else {}
-    if name in norms:
+    norm = _norm_after(objective, name)
+    if norm is not None:
         raise ConfigError(
-            f"modulated_layer={name!r} is followed by the batch norm {norms[name]!r}, which takes out again what a "
-            "context does to it. Name the batch norm."
+            f"modulated_layer={name!r} is followed by the norm {norm!r}, which takes out again what a context does to "
+            f"it. Name {'the norm' if norm in layers else 'a layer that no such norm follows'}."
         )
     return name, layers[name]
 
 
+def _norm_after(objective: Objective, name: str) -> str | None:
+    """The norm with statistics of each channel that follows a layer, where the model shows its order."""
+    if objective.chain is not None:
+        return next((block.norm for block in objective.chain.blocks if block.convolution == name), None)
+    parent, _, last = name.rpartition(".")
+    siblings = objective.model.get_submodule(parent)
+    if not isinstance(siblings, nn.Sequential):
+        return None
+    following = itertools.pairwise(siblings.named_children())
+    after = next((other for (own, _), other in following if own == last), ("", None))
+    if not isinstance(after[1], nn.modules.batchnorm._NormBase):
+        return None
+    return f"{parent}.{after[0]}".lstrip(".")
+
+
 def _layers(objective: Objective) -> list[tuple[str, int]]:
-    """Names and channels of all that can be; batch norms first, as one that follows a layer takes a shift out again."""
+    """Names and channels of all that can be; norms first, as one that follows a layer takes a shift out again."""
     norms, others = [], []
     for name, module in objective.model.named_modules():
-        if name and isinstance(module, nn.modules.batchnorm._BatchNorm):
+        if name and isinstance(module, nn.modules.batchnorm._NormBase):
             norms.append((name, module.num_features))
         elif name and isinstance(module, nn.Linear | nn.modules.conv._ConvNd):
             others.append((name, module.out_features if isinstance(module, nn.Linear) else module.out_channels))

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from distmaml.algorithms import Algorithm
 from distmaml.algorithms.heads import body_of, linear_head
-from distmaml.algorithms.passes import check_steps, predict, support_loss, training_metrics, uniform
+from distmaml.algorithms.passes import check_rate, check_steps, predict, support_loss, training_metrics, uniform
 from distmaml.episodes import Batch, Episode
 from distmaml.errors import ConfigError
 from distmaml.inner import Metrics, Params, descend, gradient_and_value, sgd_by_name
@@ -46,10 +46,11 @@ def fine_tuning(
       num_classes: training classes.
 
     Raises:
-      ConfigError: no inner step; a model that does not end in a linear layer, or is nothing else; tasks without
-        classes.
+      ConfigError: no inner step, no rate above 0; a model that does not end in a linear layer, or is nothing else;
+        tasks without classes.
     """
     check_steps(num_inner_steps)
+    check_rate(inner_lr)
     layer = linear_head(objective, "fine_tuning", bias=True)
     names = {"weight": f"{objective.head}.weight", "bias": f"{objective.head}.bias"}
     body_of(objective, dict(objective.model.named_parameters()), "fine_tuning")

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from distmaml.algorithms import Algorithm
 from distmaml.algorithms.passes import (
+    check_rate,
     check_steps,
     halves,
     loss_gradient,
@@ -64,9 +65,11 @@ def imaml(
         direction that conjugate gradients find (Martens, 2010), as far as a line search lets it.
 
     Raises:
-      ConfigError: no inner step, no step of conjugate gradients, a regularization of 0 or less, a negative damping.
+      ConfigError: no inner step, no rate above 0, no step of conjugate gradients, a regularization of 0 or less, a
+        negative damping, an inner_lr with which lambda alone leads away, no such solver.
     """
     check_steps(num_inner_steps)
+    check_rate(inner_lr)
     if not regularization > 0:
         raise ConfigError(
             f"regularization={regularization} must be greater than 0: iMAML divides by it. To hold the inner loop back "

@@ -7,7 +7,7 @@ https://arxiv.org/abs/1703.03400.
 from torch import Tensor
 
 from distmaml.algorithms import Algorithm
-from distmaml.algorithms.passes import check_steps, halves, num_kept, predict, query_gradient, support_loss
+from distmaml.algorithms.passes import check_rate, check_steps, halves, num_kept, predict, query_gradient, support_loss
 from distmaml.episodes import Batch, Episode
 from distmaml.inner import Metrics, Params, UpdateRule, descend, descend_vjp, last, sgd, walk
 from distmaml.objectives import Objective
@@ -25,8 +25,9 @@ def maml(objective: Objective, *, inner_lr: float, num_inner_steps: int) -> Algo
       inner_lr: on the mean loss over the support set.
 
     Raises:
-      ConfigError: no inner step.
+      ConfigError: no inner step, no rate above 0.
     """
+    check_rate(inner_lr)
     return by_rule(objective, sgd(inner_lr), num_inner_steps)
 
 
@@ -50,7 +51,7 @@ def by_rule(objective: Objective, rule: UpdateRule, num_inner_steps: int) -> Alg
     """MAML with another update rule that has nothing to learn.
 
     Raises:
-      ConfigError: no inner step.
+      ConfigError: no inner step, no rate above 0.
     """
     check_steps(num_inner_steps)
 

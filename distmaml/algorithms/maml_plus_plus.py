@@ -11,7 +11,7 @@ from torch import Tensor
 
 from distmaml.algorithms import Algorithm, MetaParams, Stateful
 from distmaml.algorithms.norms import Norms, Statistics
-from distmaml.algorithms.passes import check_steps, halves, num_kept, query_gradient, support_loss
+from distmaml.algorithms.passes import check_rate, check_steps, halves, num_kept, query_gradient, support_loss
 from distmaml.algorithms.passes import predict as predict_by_params
 from distmaml.episodes import Batch, Episode
 from distmaml.inner import Metrics, Params, descend, descend_vjp, differentiable, sgd
@@ -69,9 +69,10 @@ def maml_plus_plus(
       first_order_steps: outer steps at the start that ignore second derivatives.
 
     Raises:
-      ConfigError: no inner step; per-step biases or statistics for a model without batch norm.
+      ConfigError: no inner step, no rate above 0; per-step biases or statistics for a model without batch norm.
     """
     check_steps(num_inner_steps)
+    check_rate(inner_lr)
     last = num_inner_steps - 1
     norms = Norms(objective, biases=per_step_biases, statistics=per_step_statistics)
 

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from distmaml.algorithms import Algorithm
 from distmaml.algorithms.learned_rule import by_learned_rule
+from distmaml.algorithms.passes import check_rate
 from distmaml.inner import Params, differentiable
 from distmaml.objectives import Objective
 
@@ -37,8 +38,9 @@ def meta_curvature(objective: Objective, *, inner_lr: float, num_inner_steps: in
     first. The arguments are those of `maml`.
 
     Raises:
-      ConfigError: no inner step.
+      ConfigError: no inner step, no rate above 0.
     """
+    check_rate(inner_lr)
 
     def step(curvature: Curvature, params: Params, grads: Params, k: int) -> Params:
         return {name: p - inner_lr * transformed(grads[name], curvature[name]) for name, p in params.items()}

@@ -10,6 +10,7 @@ import torch
 
 from distmaml.algorithms import Algorithm
 from distmaml.algorithms.learned_rule import by_learned_rule
+from distmaml.algorithms.passes import check_rate
 from distmaml.inner import Params, differentiable
 from distmaml.objectives import Objective
 from distmaml.trees import tree_map
@@ -34,8 +35,9 @@ def meta_sgd(objective: Objective, *, inner_lr: float, num_inner_steps: int) -> 
       inner_lr: the first value of every rate; the paper draws them at random.
 
     Raises:
-      ConfigError: no inner step.
+      ConfigError: no inner step, no rate above 0.
     """
+    check_rate(inner_lr)
 
     def step(rates: Params, params: Params, grads: Params, k: int) -> Params:
         return {name: p - rates[name] * grads[name] for name, p in params.items()}

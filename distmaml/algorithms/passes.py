@@ -1,5 +1,6 @@
 """What the algorithms have in common: the passes of one task over its support and its query set."""
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any, TypeAlias
 
@@ -116,6 +117,16 @@ def check_steps(num_inner_steps: int) -> None:
     """
     if num_inner_steps < 1:
         raise ConfigError(f"num_inner_steps={num_inner_steps} must be 1 or more.")
+
+
+def check_rate(inner_lr: float) -> None:
+    """Refuses a rate that leads nowhere, or up.
+
+    Raises:
+      ConfigError: it does.
+    """
+    if not 0 < inner_lr < math.inf:
+        raise ConfigError(f"inner_lr={inner_lr} must be greater than 0 and finite.")
 
 
 # ------------------------------------------------------------------------- derivatives that are known

@@ -11,7 +11,7 @@ from torch.func import vjp
 from distmaml.algorithms import Algorithm
 from distmaml.algorithms.heads import body_of, linear_head
 from distmaml.algorithms.metric import prototypes
-from distmaml.algorithms.passes import check_steps, halves, num_kept, predict, query_gradient, support_loss
+from distmaml.algorithms.passes import check_rate, check_steps, halves, num_kept, predict, query_gradient, support_loss
 from distmaml.episodes import Batch, Episode
 from distmaml.inner import Metrics, Params, descend, descend_vjp, sgd
 from distmaml.objectives import Moment, Objective
@@ -29,9 +29,10 @@ def proto_maml(objective: Objective, *, inner_lr: float, num_inner_steps: int) -
     The meta-parameters are those of the body. The arguments are those of `maml`.
 
     Raises:
-      ConfigError: no inner step; a model that does not end in a linear layer, or is nothing else.
+      ConfigError: no inner step, no rate above 0; a model that does not end in a linear layer, or is nothing else.
     """
     check_steps(num_inner_steps)
+    check_rate(inner_lr)
     num_ways = linear_head(objective, "proto_maml", bias=True).out_features
     body_of(objective, dict(objective.model.named_parameters()), "proto_maml")
     rule = sgd(inner_lr)

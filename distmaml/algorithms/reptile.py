@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from distmaml.algorithms import Algorithm, MetaParams, Stateful
-from distmaml.algorithms.passes import check_steps, halves, loss_gradient, predict, training_metrics
+from distmaml.algorithms.passes import check_rate, check_steps, halves, loss_gradient, predict, training_metrics
 from distmaml.episodes import Batch, Episode, fold_in
 from distmaml.errors import ConfigError
 from distmaml.inner import Metrics, Params, last
@@ -63,9 +63,11 @@ def reptile(
         mean over the tasks of a step. Then the meta-parameters are `Stateful`.
 
     Raises:
-      ConfigError: no inner step; an empty mini-batch; a mini-batch that is larger than the pool.
+      ConfigError: no inner step, no rate above 0; no such optimizer; an empty mini-batch; a mini-batch that is larger
+        than the pool.
     """
     check_steps(num_inner_steps)
+    check_rate(inner_lr)
     if inner_batch_size is not None and inner_batch_size < 1:
         raise ConfigError(f"inner_batch_size={inner_batch_size} must be 1 or more.")
     if inner_optimizer not in ("sgd", "adam"):
@@ -99,6 +101,7 @@ def reptile(
         batches = mini_batches(pool, inner_batch_size, num_inner_steps, order_key)
         phi, moments, returned = last(run(meta, lambda k: batches[k], num_inner_steps, pass_key))
         moved = tree_map(torch.sub, meta if moments is None else meta.learned, phi)
+        # Of the last batch before its step: there is no query set that the inner loop has not seen.
         return (moved if moments is None else Stateful(moved, moments)), training_metrics(*returned)
 
     return Algorithm(init, adapt, predict(objective), meta_grad, steady_from=0)

@@ -45,8 +45,6 @@ def default_space(config: Config, *, rates_only: bool = False) -> tuple[str, ...
     }
     if config.algorithm not in _BY_GRADIENT:
         del space["algorithm"]
-    if config.algorithm == "fine_tuning":
-        del space["num_inner_steps"]  # it has none in training, and num_eval_steps in validation
     if flat.get("solver") == "hessian_free":
         del space["inner_lr"]
     if rates_only:

@@ -9,7 +9,8 @@ from distmaml.recipes.shared import recipe
 def image_folder_maml() -> Config:
     """MAML on your own pictures, a folder for each class: name theirs by --data-dir.
 
-    Size, color, model and inner loop are those of the paper for mini-ImageNet (Finn et al., 2017), on the mean loss.
+    Size, color, model and inner steps are those of Finn et al. (2017) for mini-ImageNet. inner_lr 0.01 on the mean loss
+    is ours, a fifth of theirs, which is on the sum over the ways.
     """
     return Config(
         recipe="image-folder-maml",

@@ -19,7 +19,9 @@ from distmaml.recipes.shared import recipe
 def sinusoid_maml_5s() -> Config:
     """MAML on sine waves, 5-shot (Finn et al., 2017: MSE 0.67, 0.38, 0.35 after 1, 5, 10 steps).
 
-    As the paper: 70,000 outer steps.
+    As the paper: 70,000 outer steps of 25 tasks, 1 inner step by 0.01 in training. Otherwise: it is trained with as
+    many points as it is tested with, 5, where the paper trains one model with 10 and tests it with 5; 10 query points
+    in training, and 100 in the test.
     """
     return Config(
         recipe="sinusoid-maml-5s",
@@ -64,7 +66,7 @@ def _sinusoid(
 def sinusoid_maml_10s() -> Config:
     """MAML on sine waves, 10-shot (Finn et al., 2017, draw a figure of it and print no number).
 
-    As `sinusoid_maml_5s`.
+    As `sinusoid_maml_5s`, and as the paper trains, with 10 points.
     """
     base = sinusoid_maml_5s()
     return _sinusoid("sinusoid-maml-10s", "maml", base.algorithm_options, base.outer, num_eval_steps=10, num_shots=10)
