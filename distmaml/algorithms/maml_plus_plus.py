@@ -61,8 +61,9 @@ def maml_plus_plus(
         meta-gradient = d sum_{k=1..K} w_k L_query(phi_k, norms_{k-1}) / d (theta, alpha, norms), K = num_inner_steps
 
     The weights w begin as 1/K each, and those before the last fall linearly to 0.03/K over `annealing_steps`; from
-    then on the last loss alone counts. Batch norms use the statistics of the batch; `per_step_statistics` gathers
-    those of the query sets besides, for `predict_alone`. Steps past K reuse the last rates, norms and statistics.
+    then on the last loss alone counts; the authors' fall once in an epoch of 500 steps. Batch norms use the statistics
+    of the batch; `per_step_statistics` gathers those of the query sets besides, for `predict_alone`, where the authors'
+    code takes support sets into the average too. Steps past K reuse the last rates, norms and statistics.
 
     Args:
       inner_lr: first value of the rates.

@@ -122,8 +122,8 @@ def mini_imagenet_reptile_5w1s() -> Config:
     Transductive the paper has 49.97 +- 0.32 %.
 
     As the paper: 100,000 steps of 5 tasks, step size from 1 to 0, 8 inner steps on batches of 10, Adam without momentum
-    1e-3, 15 images a class in training (here 1 and 14), 50 steps in the test. Otherwise as
-    `omniglot_reptile_5w1s`; data as `mini_imagenet_maml_5w1s`.
+    1e-3, 15 images a class in training (here 1 and 14), 50 steps in the test, the head on the flat map. Otherwise their
+    network pools before the batch norm, and as `omniglot_reptile_5w1s`; data as `mini_imagenet_maml_5w1s`.
     """
     return _mini_imagenet(
         "mini-imagenet-reptile-5w1s", "reptile", reptile_options(1e-3, 8, inner_batch_size=10), num_eval_steps=50,
@@ -157,7 +157,8 @@ def mini_imagenet_maml_plus_plus_5w1s() -> Config:
     As the authors' configuration: 48 filters, 2 tasks, 5 inner steps by learned rates that begin as 0.01 (their loss is
     the mean), 15 query images in training and test, Adam at a constant 1e-3 (the paper speaks of a cosine), 50,000
     steps (100 epochs of 500), weights of the losses annealed over 15 epochs. Otherwise: pictures are not normalised by
-    the statistics of ImageNet; theirs is an ensemble of 5 models, ours is one. Data as `mini_imagenet_maml_5w1s`.
+    the statistics of ImageNet; theirs is an ensemble of 5 models, ours is one; their network has leaky ReLUs. Data as
+    `mini_imagenet_maml_5w1s`.
     """
     return _mini_imagenet_maml_plus_plus(1)
 
