@@ -393,6 +393,8 @@ def minutes_of(outbox: Outbox, points: Sequence[Point]) -> float:
 
 
 def _in_short(row: Row) -> str:
-    ours = figure_text(row.transductive, row.unit), figure_text(row.inductive, row.unit)
-    unit = "%" if row.unit == "percent" else row.unit
-    return f"{ours[0]} {unit} transductive, {ours[1]} inductive; published {published_text(row.published)}"
+    unit, published = "%" if row.unit == "percent" else row.unit, published_text(row.published)
+    ours = f"{figure_text(row.transductive, row.unit)} {unit}"
+    if row.inductive is not None:
+        ours += f" transductive, {figure_text(row.inductive, row.unit)} inductive"
+    return f"{ours}; published {published}"

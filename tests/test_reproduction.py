@@ -304,11 +304,15 @@ def serially(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("serially")
-def test_a_row_holds_what_its_run_came_to(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_row_holds_what_its_run_came_to(
+    place: Place, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     monkeypatch.setitem(PUBLISHED, WAVES, paper(0.35, num_outer_steps=70_000, meta_batch_size=25))
     request = place.request(WAVES, seeds=(3,))
     assert reproduce(request) == []
     (found,) = read_rows(place.results)
+    assert f"{found.name}: {found.transductive['mean']:.3f} +- " in (said := capsys.readouterr().err)
+    assert " mean squared error; published 0.35\n" in said
     folder = place.output_dir / "runs" / found.name
     tested = json.loads((folder / "evaluation-test.json").read_text())
     losses = tested["scores"]["transductive"]["query_loss"]
