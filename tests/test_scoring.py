@@ -10,6 +10,7 @@ from torch.func import functional_call
 from torch.nn import functional as F
 
 from distmaml.algorithms.maml import maml
+from distmaml.engine import warn_once
 from distmaml.episodes import Episode
 from distmaml.objectives import classification, initial_params
 from distmaml.scoring import SAMPLES_AT_ONCE, interval, predict_one_by_one, score, scored_steps
@@ -143,6 +144,29 @@ def test_a_support_set_that_is_larger_than_a_piece_goes_through_with_one_query()
     support, queries = tasks.support.inputs[0].repeat(SAMPLES_AT_ONCE, 1), tasks.query.inputs[0]
     found = predict_one_by_one(algorithm, theta, theta, support, queries)
     torch.testing.assert_close(found, algorithm.predict(theta, theta, queries), rtol=1e-11, atol=1e-12)
+
+
+def test_a_model_without_a_batching_rule_is_said_once_and_memory_that_ends_is_no_such_model(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    case, tasks, _ = make("mlp")
+    theta = initial_params(case.model)
+    algorithm = maml(classification(case.model), inner_lr=INNER_LR, num_inner_steps=1)
+    support, queries = tasks.support.inputs[0], tasks.query.inputs[0]
+
+    def looks(meta: Any, state: Any, inputs: Tensor) -> Any:
+        return algorithm.predict(meta, state, inputs * float(inputs.abs().max() >= 0))
+
+    def full(meta: Any, state: Any, inputs: Tensor) -> Any:
+        raise torch.OutOfMemoryError("full")
+
+    warn_once.cache_clear()
+    for _ in range(2):
+        found = predict_one_by_one(algorithm._replace(predict=looks), theta, theta, support, queries)
+        torch.testing.assert_close(found, algorithm.predict(theta, theta, queries), rtol=1e-11, atol=1e-12)
+    assert caplog.text.count("one query item after the other") == 1
+    with pytest.raises(torch.OutOfMemoryError):
+        predict_one_by_one(algorithm._replace(predict=full), theta, theta, support, queries)
 
 
 def test_side_by_side_equals_one_after_the_other() -> None:
