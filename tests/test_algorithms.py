@@ -25,10 +25,11 @@ from distmaml.algorithms.imaml import imaml
 from distmaml.algorithms.maml import fomaml, maml
 from distmaml.algorithms.maml_plus_plus import loss_weights, maml_plus_plus
 from distmaml.algorithms.meta_curvature import meta_curvature, transformed
-from distmaml.algorithms.meta_lstm import MetaLstmParams, _preprocessed, meta_lstm
+from distmaml.algorithms.meta_lstm import MetaLstmParams, meta_lstm
 from distmaml.algorithms.meta_sgd import meta_sgd
 from distmaml.algorithms.metric import matching_networks, prototypical_networks
 from distmaml.algorithms.proto_maml import proto_maml
+from distmaml.algorithms.recurrent_rule import preprocessed
 from distmaml.algorithms.reptile import Moments, mini_batches, reptile
 from distmaml.chain import Chain
 from distmaml.chain_loss import ChainLoss
@@ -819,7 +820,7 @@ def test_the_mode_products_are_those_of_einsum(shape: tuple[int, ...]) -> None:
 def test_the_lstm_sees_magnitude_and_sign(x: float, expected: tuple[float, float]) -> None:
     """p = 10: (log|x| / p, sign x) from e^-10 on, below that (-1, e^10 x)."""
     for values in (torch.tensor(x, dtype=torch.float64), torch.tensor([5.0, x], dtype=torch.float64)):
-        found = _preprocessed(values).reshape(-1, 2)[-1].tolist()
+        found = preprocessed(values).reshape(2, -1)[:, -1].tolist()
         assert found == pytest.approx(expected, rel=1e-12, abs=1e-15)
     assert oracles.preprocessed(x) == pytest.approx(expected, rel=1e-12, abs=1e-15)
 
