@@ -5,9 +5,10 @@ import sys
 import tyro
 
 from distmaml import cli, comparison, reproduction
+from distmaml.plans import Request
 
 
-def main(request: reproduction.Request) -> int:
+def main(request: Request) -> int:
     """Reproduces, or lists what there is; status 2 where a row could not be made."""
     if request.listing:
         print(reproduction.listing(request))
@@ -22,4 +23,4 @@ def main(request: reproduction.Request) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(cli.guarded(lambda: main(tyro.cli(reproduction.Request, prog="jobs/reproduce.py", description=__doc__))))
+    sys.exit(cli.guarded(lambda: main(tyro.cli(Request, prog="jobs/reproduce.py", description=__doc__))))

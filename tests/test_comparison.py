@@ -10,9 +10,11 @@ import pytest
 from PIL import Image
 
 from distmaml import comparison
-from distmaml.comparison import BEGIN, END, Row, mean_of_seeds, read_rows, table_of, write_row, write_table
+from distmaml.comparison import BEGIN, END, read_rows, write_row, write_table
 from distmaml.errors import ConfigError, RunError
 from distmaml.published import Published
+from distmaml.rows import Row, mean_of_seeds
+from distmaml.table import HEAD, published_text, table_of
 
 FINN = Published(
     value=98.7, half_width=0.4, num_outer_steps=60_000, meta_batch_size=32, source="Finn et al. (2017), Table 1",
@@ -126,7 +128,7 @@ def test_a_regression_has_its_own_digits_and_what_is_not_there_is_a_dash() -> No
     ],
 )
 def test_a_published_figure_is_printed_as_in_its_paper(published: Published | None, says: str) -> None:
-    assert comparison.published_text(published) == says
+    assert published_text(published) == says
 
 
 def test_what_decides_a_comparison_is_said_once_with_the_recipes_it_is_about() -> None:
@@ -158,7 +160,7 @@ def test_seeds_have_a_line_each_and_their_mean() -> None:
         ("anil", "96.30 +- 0.25", "0"),
     ]
     assert found[3][4] == "not finite"
-    assert all(len(line) == len(comparison.HEAD) for line in found)
+    assert all(len(line) == len(HEAD) for line in found)
 
 
 def test_the_mean_of_seeds_without_a_figure_has_none() -> None:

@@ -9,13 +9,14 @@ from typing import Any
 
 import pytest
 
-from distmaml import driver, reproduction
+from distmaml import driver
 from distmaml.comparison import BEGIN, END, read_rows
 from distmaml.config import flatten, from_json, override
 from distmaml.errors import ConfigError, DistmamlError, RunError
+from distmaml.plans import Plan, Request, plans_of
 from distmaml.published import PUBLISHED, Published
 from distmaml.recipes import RECIPES
-from distmaml.reproduction import Request, described, listing, minutes_of, plans_of, reproduce, still_rose
+from distmaml.reproduction import described, listing, minutes_of, reproduce, still_rose
 from distmaml.segments import Point
 from distmaml.tracking.outbox import Outbox
 from tests.conftest import StartJob
@@ -43,7 +44,7 @@ def asked(*recipes: str, tasks: int | None = 24, changes: tuple[str, ...] | None
     return Request(recipes=recipes, tasks=tasks, changes=() if changes is None else (changes,), **values)
 
 
-def plan(*recipes: str, **values: Any) -> reproduction.Plan:
+def plan(*recipes: str, **values: Any) -> Plan:
     (found,) = plans_of(asked(*recipes, **values))
     return found
 
