@@ -4,13 +4,13 @@ Zintgraf, Shiarlis, Kurin, Hofmann, Whiteson (2019), "Fast Context Adaptation vi
 https://arxiv.org/abs/1810.03642.
 """
 
-import itertools
 from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from distmaml.algorithms import Algorithm
+from distmaml.algorithms.modulation import layers_of, modulated
 from distmaml.algorithms.passes import check_rate, check_steps, halves, training_metrics, uniform
 from distmaml.episodes import Batch, Episode
 from distmaml.errors import ConfigError
@@ -61,7 +61,7 @@ def cavia(
         raise ConfigError(f"num_context={num_context} must be 1 or more: the inner loop moves nothing else.")
     if modulation not in ("shift", "scale_shift"):
         raise ConfigError(f"modulation={modulation!r} must be one of shift, scale_shift.")
-    name, channels = _modulated(objective, modulated_layer)
+    name, channels = modulated(objective, modulated_layer)
     rule = sgd(inner_lr)
     parts = 1 if modulation == "shift" else 2
 
@@ -85,7 +85,7 @@ def cavia(
         if not called:  # an attention reads the weights of its layers without calling them
             raise ConfigError(
                 f"modulated_layer={name!r} is never called by the model, so a context has no effect there. Name "
-                f"another one: {', '.join(other for other, _ in _layers(objective) if other != name)}."
+                f"another one: {', '.join(other for other, _ in layers_of(objective) if other != name)}."
             )
         return predicted
 
@@ -122,47 +122,3 @@ def cavia(
         return outputs(meta, context, inputs, Moment(0, None))
 
     return Algorithm(init, adapt, predict, meta_grad, steady_from=0)
-
-
-def _modulated(objective: Objective, wanted: str | None) -> tuple[str, int]:
-    """The layer that context parameters change, by its name, and its channels."""
-    layers = dict(_layers(objective))
-    name = next(iter(layers), "") if wanted is None else wanted
-    if name not in layers:
-        raise ConfigError(
-            f"modulated_layer={wanted!r} must be a linear layer, a convolution, a batch or instance norm of the "
-            f"model: {', '.join(layers) or 'it has none'}."
-        )
-    norm = _norm_after(objective, name)
-    if norm is not None:
-        raise ConfigError(
-            f"modulated_layer={name!r} is followed by the norm {norm!r}, which takes out again what a context does to "
-            f"it. Name {'the norm' if norm in layers else 'a layer that no such norm follows'}."
-        )
-    return name, layers[name]
-
-
-def _norm_after(objective: Objective, name: str) -> str | None:
-    """The norm with statistics of each channel that follows a layer, where the model shows its order."""
-    if objective.chain is not None:
-        return next((block.norm for block in objective.chain.blocks if block.convolution == name), None)
-    parent, _, last = name.rpartition(".")
-    siblings = objective.model.get_submodule(parent)
-    if not isinstance(siblings, nn.Sequential):
-        return None
-    following = itertools.pairwise(siblings.named_children())
-    after = next((other for (own, _), other in following if own == last), ("", None))
-    if not isinstance(after[1], nn.modules.batchnorm._NormBase):
-        return None
-    return f"{parent}.{after[0]}".lstrip(".")
-
-
-def _layers(objective: Objective) -> list[tuple[str, int]]:
-    """Names and channels of all that can be; norms first, as one that follows a layer takes a shift out again."""
-    norms, others = [], []
-    for name, module in objective.model.named_modules():
-        if name and isinstance(module, nn.modules.batchnorm._NormBase):
-            norms.append((name, module.num_features))
-        elif name and isinstance(module, nn.Linear | nn.modules.conv._ConvNd):
-            others.append((name, module.out_features if isinstance(module, nn.Linear) else module.out_channels))
-    return norms + others

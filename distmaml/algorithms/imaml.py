@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from distmaml.algorithms import Algorithm
+from distmaml.algorithms.newton import newton_step
 from distmaml.algorithms.passes import (
     check_rate,
     check_steps,
@@ -19,17 +20,12 @@ from distmaml.algorithms.passes import (
     query_gradient,
     support_loss,
 )
-from distmaml.conjugate_gradient import conjugate_gradient, tree_axpy, tree_dot
+from distmaml.conjugate_gradient import conjugate_gradient, tree_dot
 from distmaml.episodes import Batch, Episode
 from distmaml.errors import ConfigError
-from distmaml.inner import LossFn, Metrics, Params, differentiable, last, linearize, walk
+from distmaml.inner import Metrics, Params, differentiable, last, linearize, walk
 from distmaml.objectives import Moment, Objective
 from distmaml.trees import tree_map
-
-LINE_SEARCH = (1.0, 0.5, 0.25, 0.125, 0.0625)
-"""Lengths of a Newton step that are tried, the longest first."""
-SUFFICIENT = 1e-4
-"""Share of the decrease that the gradient promises which a step must reach (Armijo)."""
 
 
 def imaml(
@@ -96,34 +92,31 @@ def imaml(
         return walk(loss_fn, theta, rule=differentiable(proximal_step), rule_params=theta, num_steps=steps)
 
     def by_newton(theta: Params, support: Batch, steps: int, key: Tensor | None) -> Iterator[Params]:
-        loss_fn, phi = support_loss(objective, theta, support, key), theta
+        loss_fn = support_loss(objective, theta, support, key)
+
+        def distance(params: Params) -> Tensor:
+            away = tree_map(torch.sub, params, theta)
+            return 0.5 * weight * tree_dot(away, away)
+
+        def step(phi: Params, k: int) -> Params:
+            def value_of(params: Params) -> Tensor:
+                outputs = objective.predict(params, support.inputs, Moment(k, key))
+                return objective.loss(outputs, support.targets)[0] + distance(params)
+
+            def hessian(vector: Params) -> Params:
+                curved: Params = tree_map(lambda h, v: h + weight * v, curvature(vector)[0], vector)
+                return curved
+
+            grads, (loss, _) = loss_gradient(objective, phi, support, Moment(k, key))
+            slope = tree_map(lambda g, p, t: g + weight * (p - t), grads, phi, theta)
+            curvature = linearize(loss_fn, phi, (), k).transpose
+            return newton_step(value_of, phi, loss + distance(phi), slope, hessian, num_cg_steps)
+
+        phi = theta
         yield phi
         for k in range(steps):
-            phi = newton_step(loss_fn, theta, phi, support, Moment(k, key))
+            phi = step(phi, k)
             yield phi
-
-    def newton_step(loss_fn: LossFn, theta: Params, phi: Params, support: Batch, moment: Moment) -> Params:
-        def value(params: Params) -> Tensor:
-            away = tree_map(torch.sub, params, theta)
-            loss = objective.loss(objective.predict(params, support.inputs, moment), support.targets)[0]
-            return loss + 0.5 * weight * tree_dot(away, away)
-
-        grads, (loss, _) = loss_gradient(objective, phi, support, moment)
-        away = tree_map(torch.sub, phi, theta)
-        slope = tree_map(lambda g, a: g + weight * a, grads, away)
-        curvature = linearize(loss_fn, phi, (), moment.inner_step).transpose
-        direction = conjugate_gradient(
-            lambda v: tree_map(lambda h, x: h + weight * x, curvature(v)[0], v), slope, num_cg_steps
-        )
-        here, promised = loss + 0.5 * weight * tree_dot(away, away), tree_dot(slope, direction)
-        length = torch.zeros_like(here)
-        for tried in LINE_SEARCH:
-            enough = (
-                value(tree_axpy(torch.full_like(here, -tried), direction, phi)) <= here - SUFFICIENT * tried * promised
-            )
-            length = torch.where((length == 0) & enough & (promised > 0), tried, length)
-        moved: Params = tree_axpy(-length, direction, phi)
-        return moved
 
     solve = by_gradient if solver == "gradient" else by_newton
 

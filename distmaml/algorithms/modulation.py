@@ -1,0 +1,60 @@
+"""Which layer of a model CAVIA's context parameters change, so that they have an effect."""
+
+import itertools
+
+from torch import nn
+
+from distmaml.errors import ConfigError
+from distmaml.objectives import Objective
+
+
+def modulated(objective: Objective, wanted: str | None) -> tuple[str, int]:
+    """The layer that context parameters change, by its name, and its channels.
+
+    Args:
+      wanted: its name; by default the first norm of the model, or, in one without, the first layer.
+
+    Raises:
+      ConfigError: no such layer, or one that a norm over samples or positions follows, in a `torch.nn.Sequential` or a
+        known chain.
+    """
+    layers = dict(layers_of(objective))
+    name = next(iter(layers), "") if wanted is None else wanted
+    if name not in layers:
+        raise ConfigError(
+            f"modulated_layer={wanted!r} must be a linear layer, a convolution, a batch or instance norm of the "
+            f"model: {', '.join(layers) or 'it has none'}."
+        )
+    norm = _norm_after(objective, name)
+    if norm is not None:
+        raise ConfigError(
+            f"modulated_layer={name!r} is followed by the norm {norm!r}, which takes out again what a context does to "
+            f"it. Name {'the norm' if norm in layers else 'a layer that no such norm follows'}."
+        )
+    return name, layers[name]
+
+
+def layers_of(objective: Objective) -> list[tuple[str, int]]:
+    """Names and channels of all that can be; norms first, as one that follows a layer takes a shift out again."""
+    norms, others = [], []
+    for name, module in objective.model.named_modules():
+        if name and isinstance(module, nn.modules.batchnorm._NormBase):
+            norms.append((name, module.num_features))
+        elif name and isinstance(module, nn.Linear | nn.modules.conv._ConvNd):
+            others.append((name, module.out_features if isinstance(module, nn.Linear) else module.out_channels))
+    return norms + others
+
+
+def _norm_after(objective: Objective, name: str) -> str | None:
+    """The norm with statistics of each channel that follows a layer, where the model shows its order."""
+    if objective.chain is not None:
+        return next((block.norm for block in objective.chain.blocks if block.convolution == name), None)
+    parent, _, last = name.rpartition(".")
+    siblings = objective.model.get_submodule(parent)
+    if not isinstance(siblings, nn.Sequential):
+        return None
+    following = itertools.pairwise(siblings.named_children())
+    after = next((other for (own, _), other in following if own == last), ("", None))
+    if not isinstance(after[1], nn.modules.batchnorm._NormBase):
+        return None
+    return f"{parent}.{after[0]}".lstrip(".")
