@@ -8,7 +8,7 @@ import json
 import os
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ from distmaml.errors import ConfigError, RunError, first_line
 from distmaml.files import write_text
 from distmaml.pictures.reproduction import Line, Mark, Panel, against_published
 from distmaml.published import PUBLISHED, Published
-from distmaml.rows import Figure, Row, mean_of_seeds
+from distmaml.rows import Figure, Row, mean_of_seeds, share_of_protocol
 from distmaml.table import assignments, marks_of, table_of
 
 BEGIN, END = "<!-- reproduction: begin -->", "<!-- reproduction: end -->"
@@ -44,13 +44,22 @@ def read_rows(results: Path) -> list[Row]:
     """All rows of a folder: by setting, then in the order in which `PUBLISHED` has them.
 
     Raises:
-      RunError: a file that holds no row.
+      RunError: a file that holds no row; seeds of a row that differ in more than their seed.
     """
-    return sorted((read_row(file) for file in results.glob("*.json")), key=_rank)
+    rows = sorted((read_row(file) for file in results.glob("*.json")), key=_rank)
+    for one, other in itertools.pairwise(rows):
+        fields = one.config.keys() & other.config.keys() - {"seed"}
+        different = [name for name in sorted(fields) if one.config[name] != other.config[name]]
+        if one.kind == other.kind and different:
+            raise RunError(
+                f"{file_of(results, other.name)} would count as another seed of {one.name}, but differs in "
+                f"{', '.join(different)}. Move one of the two away, or name another folder by --results."
+            )
+    return rows
 
 
 def read_row(file: Path) -> Row:
-    """The row in a file.
+    """The row in a file, beside what is known by now of what its paper prints.
 
     Raises:
       RunError: it holds none, or that of another file: a copy would count as a seed of its own.
@@ -59,6 +68,9 @@ def read_row(file: Path) -> Row:
         fields = json.loads(file.read_text())
         published = fields.pop("published")
         row = Row(**fields, published=None if published is None else Published(**published))
+        published = PUBLISHED.get(row.recipe, row.published)
+        share = share_of_protocol(published, row.outer_steps, row.config["meta_batch_size"])
+        row = replace(row, published=published, share_of_paper=share)
         table_of([row], folder="")  # what cannot be shown is no row either
     except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         raise RunError(
@@ -99,7 +111,7 @@ def write_table(table: Path, results: Path) -> Path:
     rows, picture = read_rows(results), picture_of(table)
     if rows:
         has_shares = any(row.share_of_paper is not None for row in rows)
-        note = "behind a name: share of the paper's tasks" if has_shares else ""
+        note = "behind a name: share of the protocol's tasks" if has_shares else ""
         against_published(picture, _panels(rows), note=note)
     written = table_of(rows, folder=os.path.relpath(results, table.parent)) if rows else "No row yet.\n"
     shown = f"\n![Ours beside the published figures]({picture.parent.name}/{picture.name})\n" if rows else ""

@@ -10,9 +10,12 @@ import torch
 
 
 def machine_of(device: torch.device) -> dict[str, Any]:
-    """This machine: model of its processor, number of its cores, and model of the GPU if `device` is one."""
+    """Processor and number of its cores, the GPU if `device` is one, and the versions of Python and torch."""
     gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else None
-    return {"processor": processor(), "cores": os.cpu_count(), "gpu": gpu}
+    return {
+        "processor": processor(), "cores": os.cpu_count(), "gpu": gpu,
+        "python": platform.python_version(), "torch": torch.__version__,
+    }  # fmt: skip
 
 
 def processor() -> str:

@@ -93,8 +93,8 @@ class CaviaOptions:
     num_context: int = 5
     """Context parameters. 5 for the sinusoid, 100 for mini-ImageNet in the paper."""
     modulated_layer: str | None = None
-    """Name of the submodule whose output they change: a batch norm, a linear layer or a convolution that no batch norm
-    follows. Default: the first batch norm, or, in a model without, the first layer."""
+    """Name of the submodule whose output they change: a batch or instance norm, or a linear layer or convolution that
+    none follows. Default: the first such norm, or, in a model without, the first layer."""
     modulation: Literal["shift", "scale_shift"] = "shift"
     """shift: as if they were further inputs of the layer. scale_shift: FiLM, for convolutions."""
 

@@ -7,14 +7,14 @@ import hashlib
 import json
 import math
 import shlex
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
 
 import tyro
 
-from distmaml.config import Config, flatten, override, parse_field, to_json
+from distmaml.config import Config, as_recipe, flatten, override, parse_field, to_json
 from distmaml.errors import ConfigError, unknown
 from distmaml.published import PUBLISHED
 from distmaml.recipes import RECIPES
@@ -29,7 +29,9 @@ DECIDED = {
     "num_outer_steps": "--tasks", "seed": "--seeds", "num_test_episodes": "--num-test-episodes",
     "data_dir": "--data-dir", "num_workers": "--num-workers", "output_dir": "--output-dir",
     "name": "the row", "resume": "the run's folder", "inductive": "the objective",
-    **dict.fromkeys(("recipe", "algorithm", "objective", "tasks", "num_ways", "num_shots"), "the recipe"),
+    **dict.fromkeys(
+        ("recipe", "algorithm", "objective", "tasks", "num_ways", "num_shots", "dataset", "split"), "the recipe"
+    ),
 }  # fmt: skip
 """Fields that --set may not change, and what says how they are."""
 
@@ -69,8 +71,10 @@ class Plan(NamedTuple):
 
     Attributes:
       config: of its run, with a name and absolute paths.
-      overrides: what --set says.
+      tasks: to train for, as asked; the outer steps may see some more.
+      overrides: what --set says, as far as it decides the figures.
       schedules: fields that shrink with the outer steps: the recipe's value and that of the run.
+      command: what makes this row alone.
     """
 
     config: Config
@@ -113,11 +117,12 @@ def plans_of(request: Request) -> list[Plan]:
 def _plan(request: Request, recipe: str, tasks: int, seed: int) -> Plan:
     if recipe not in RECIPES:
         raise ConfigError(unknown("recipe", recipe, RECIPES))
-    config, overrides = _changed(RECIPES[recipe](), [text for texts in request.changes for text in texts])
+    config, given = _changed(RECIPES[recipe](), [text for texts in request.changes for text in texts])
+    overrides = {field: value for field, value in given.items() if field in as_recipe(config)}
     if config.outer.meta_batch_size < 1:
         raise ConfigError(f"--set meta_batch_size={config.outer.meta_batch_size} must be 1 or more.")
     num_outer_steps = -(-tasks // config.outer.meta_batch_size)
-    schedules = _shrunk(config, num_outer_steps, overrides)
+    schedules = _shrunk(config, num_outer_steps, given)
     derived = {
         "num_outer_steps": num_outer_steps,
         "val_every": math.ceil(num_outer_steps / NUM_VALIDATIONS),
@@ -131,8 +136,10 @@ def _plan(request: Request, recipe: str, tasks: int, seed: int) -> Plan:
         **({"data_dir": request.data_dir} if "data_dir" in flatten(config) else {}),
         **{field: value for field, (_, value) in schedules.items()},
     }
-    config = override(config, {field: value for field, value in derived.items() if field not in overrides})
-    return Plan(config, tasks, overrides, schedules, _command(request, recipe, seed))
+    config = override(config, {field: value for field, value in derived.items() if field not in given})
+    return Plan(
+        config, tasks, overrides, schedules, _command(request, recipe, seed, reads_files="data_dir" in flatten(config))
+    )
 
 
 def _changed(config: Config, texts: Sequence[str]) -> tuple[Config, dict[str, Any]]:
@@ -155,14 +162,14 @@ def _changed(config: Config, texts: Sequence[str]) -> tuple[Config, dict[str, An
     return config, {field: to_json(config)[field] for field in sorted(fields)}
 
 
-def _shrunk(config: Config, num_outer_steps: int, overrides: dict[str, Any]) -> dict[str, list[int]]:
+def _shrunk(config: Config, num_outer_steps: int, given: Container[str]) -> dict[str, list[int]]:
     """What counts outer steps: the recipe's value, and the same share of so many steps as it is of the paper's."""
     published, flat = PUBLISHED.get(config.recipe), flatten(config)
     of_paper = config.outer.num_outer_steps if published is None else published.num_outer_steps
     return {
         field: [flat[field], math.ceil(flat[field] * num_outer_steps / of_paper)]
         for field in SCHEDULES
-        if flat.get(field) and field not in overrides
+        if flat.get(field) and field not in given
     }
 
 
@@ -174,10 +181,10 @@ def _name(request: Request, recipe: str, seed: int, overrides: dict[str, Any]) -
     return f"reproduce-{recipe}-{request.tasks}{mark}-s{seed}"
 
 
-def _command(request: Request, recipe: str, seed: int) -> str:
+def _command(request: Request, recipe: str, seed: int, *, reads_files: bool) -> str:
     changes = [text for texts in request.changes for text in texts]
     words = ["python", "jobs/reproduce.py", recipe, "--tasks", str(request.tasks), "--seeds", str(seed)]
     words += ["--set", *changes] if changes else []
     words += ["--num-test-episodes", str(request.num_test_episodes), "--num-workers", str(request.num_workers)]
-    words += ["--data-dir", "DIR"] if request.data_dir else []
+    words += ["--data-dir", "DIR"] if request.data_dir and reads_files else []
     return shlex.join(words)

@@ -16,13 +16,13 @@ from typing import Any
 
 from distmaml import checkpoint, comparison, driver, experiment, paths, workers
 from distmaml.config import as_recipe, flatten, read
-from distmaml.errors import DistmamlError, RunError
+from distmaml.errors import DistmamlError, RunError, first_line
 from distmaml.interrupt import interruptible
 from distmaml.plans import Plan, Request, plans_of
 from distmaml.progress import say
 from distmaml.published import PUBLISHED
 from distmaml.recipes import RECIPES
-from distmaml.rows import Figure, Row
+from distmaml.rows import Figure, Row, share_of_protocol
 from distmaml.segments import Point, committed_segments, committed_step, read_points
 from distmaml.table import figure_text, published_text
 from distmaml.tracking.outbox import Outbox
@@ -35,7 +35,8 @@ def reproduce(request: Request) -> list[str]:
       The rows that could not be made; each was said why.
 
     Raises:
-      ConfigError, RunError: before any training, what is wrong whatever the data are.
+      ConfigError, RunError: before any training, what is wrong whatever the data are; at the end, that the table
+        cannot be written, when the rows are there.
       KeyboardInterrupt: SIGINT or SIGTERM came; the same command goes on.
     """
     with interruptible():
@@ -137,9 +138,20 @@ def _train(plan: Plan) -> None:
 
 
 def row_of(plan: Plan) -> Row:
-    """What the run of a plan came to, by the files in its folder."""
+    """What the run of a plan came to, by the files in its folder.
+
+    Raises:
+      RunError: the test's file is not there, or not whole.
+    """
     folder = paths.run_folder(plan.config)
-    config, tested = read(paths.config_file(folder)), json.loads((folder / "evaluation-test.json").read_text())
+    config, scores_file = read(paths.config_file(folder)), folder / "evaluation-test.json"
+    try:
+        tested = json.loads(scores_file.read_text())
+    except (OSError, ValueError) as error:
+        raise RunError(
+            f"{scores_file}, the test of a run that has ended, cannot be read ({first_line(error)}). Move {folder} "
+            "away to train it again."
+        ) from error
     points = [point for segment in committed_segments(paths.metrics(folder), -1) for point in read_points(segment)]
     scores, done = tested["scores"], committed_step(paths.metrics(folder))
     is_loss = "query_accuracy" not in scores["transductive"]
@@ -154,9 +166,7 @@ def row_of(plan: Plan) -> Row:
 
     validation = [(point.step, shown(point.values[f"val/{metric}"])) for point in points
                   if f"val/{metric}" in point.values]  # fmt: skip
-    published, of_paper = PUBLISHED.get(config.recipe), None
-    if published is not None:
-        of_paper = done * config.outer.meta_batch_size / (published.num_outer_steps * published.meta_batch_size)
+    published = PUBLISHED.get(config.recipe)
     algorithm, setting = described(config.recipe)
     return Row(
         name=plan.name,
@@ -169,7 +179,7 @@ def row_of(plan: Plan) -> Row:
         seed=config.outer.seed,
         tasks=plan.tasks,
         outer_steps=done,
-        share_of_paper=of_paper,
+        share_of_paper=share_of_protocol(published, done, config.outer.meta_batch_size),
         chosen_step=tested["outer_steps"],
         published=published,
         unit="mean squared error" if is_loss else "percent",

@@ -29,7 +29,7 @@ class Row:
     command: str
     """What made it."""
     overrides: dict[str, Any]
-    """Fields that were set otherwise than in the recipe."""
+    """Fields that decide the figures and that `--set` gave, be it the recipe's own value."""
     schedules: dict[str, list[int]]
     """Fields that count outer steps, which shrink with them: the recipe's value and that of the run."""
     seed: int
@@ -38,9 +38,9 @@ class Row:
     outer_steps: int
     """Outer steps that were done."""
     share_of_paper: float | None
-    """Tasks that were trained on, as a fraction of the paper's."""
+    """Tasks that were trained on, as a fraction of the protocol's; see `Published.num_outer_steps`."""
     chosen_step: int
-    """Outer step of the model that was tested."""
+    """Outer step of the model that was tested: the best in validation."""
     published: Published | None
     unit: Literal["percent", "mean squared error"]
     """Of the published value and of all of ours."""
@@ -73,6 +73,13 @@ class Row:
     def kind(self) -> tuple[str, int, str, int]:
         """What seeds of the same row have in common."""
         return self.recipe, self.tasks, json.dumps(self.overrides, sort_keys=True), self.num_test_episodes
+
+
+def share_of_protocol(published: Published | None, outer_steps: int, meta_batch_size: int) -> float | None:
+    """Tasks that were trained on, as a fraction of those of the published protocol; None where there is none."""
+    if published is None:
+        return None
+    return outer_steps * meta_batch_size / (published.num_outer_steps * published.meta_batch_size)
 
 
 def mean_of_seeds(figures: Sequence[Figure | None]) -> Figure | None:

@@ -9,16 +9,18 @@ from distmaml.published import Published
 from distmaml.rows import Figure, Row, mean_of_seeds
 
 HEAD = (
-    "algorithm", "setting", "published", "transductive", "inductive", "outer steps / the paper's (tasks)",
-    "validation still rose by", "test episodes", "seed", "minutes", "CPU-s", "commit", "",
+    "algorithm", "setting", "published", "transductive", "inductive", "outer steps / the protocol's (tasks)",
+    "tested: the best, of step", "validation still rose by", "test episodes", "seed", "minutes", "CPU-s", "commit", "",
 )  # fmt: skip
 
 NOTE = """\
 "transductive" or "inductive" beside a published figure says which of ours it is to be held against. +-: a 95 %
 interval, 1.96 standard errors over the test episodes of a seed; over the seeds of a mean Student's t in place of 1.96.
 Rows of one setting and seed that ask as many queries and turn the images of the same split alike have the same test
-episodes. Validation still rose by: from two thirds of the outer steps to the last one, in points; of a loss, by how
-much it fell. CPU-s: of training and validation, of all workers. Behind the minutes: the GPU, where there was one."""
+episodes. The protocol is the paper's, unless a line above says whose it is. Tested is the model that was best in one of
+the validations, with its outer step. Validation still rose by: from two thirds of the outer steps to the last one, in
+points; of a loss, by how much it fell. CPU-s: of training and validation, of all workers. Behind the minutes: the GPU,
+where there was one."""
 
 
 def table_of(rows: Sequence[Row], *, folder: str) -> str:
@@ -38,7 +40,8 @@ def table_of(rows: Sequence[Row], *, folder: str) -> str:
     notes = [
         *(f"{mark.strip()} {settings}" for settings, mark in marks.items()),
         *dict.fromkeys(
-            f"{row.recipe} with {row.tasks} tasks has {_scaled(row)}: as large a share of the outer steps."
+            f"{row.recipe}{marks.get(assignments(row.overrides), '')} with {row.tasks} tasks has {_scaled(row)}: as "
+            "large a share of the outer steps."
             for row in rows
             if row.schedules
         ),
@@ -86,8 +89,9 @@ def _cells(row: Row, algorithm: str, folder: str) -> tuple[str, ...]:
     commit = "-" if row.commit is None else row.commit[:7] + ("+" if row.commit.endswith("+") else "")
     return (
         algorithm, row.setting, _linked(row.published), figure_text(row.transductive, row.unit),
-        figure_text(row.inductive, row.unit), _steps(row), rose, str(row.num_test_episodes), str(row.seed),
-        f"{row.minutes:.1f}{gpu}", f"{row.cpu_seconds:.0f}", commit, f"[json]({folder}/{row.name}.json)",
+        figure_text(row.inductive, row.unit), _steps(row), str(row.chosen_step), rose,
+        str(row.num_test_episodes), str(row.seed), f"{row.minutes:.1f}{gpu}", f"{row.cpu_seconds:.0f}", commit,
+        f"[json]({folder}/{row.name}.json)",
     )  # fmt: skip
 
 
@@ -95,7 +99,7 @@ def _mean_cells(rows: Sequence[Row], algorithm: str) -> tuple[str, ...]:
     first, modes = rows[0], ([row.transductive for row in rows], [row.inductive for row in rows])
     ours = [figure_text(mean_of_seeds(figures), first.unit) for figures in modes]
     seeds = f"mean of {len(rows)} seeds"
-    return algorithm, first.setting, _linked(first.published), *ours, "", "", "", seeds, "", "", "", ""
+    return algorithm, first.setting, _linked(first.published), *ours, "", "", "", "", seeds, "", "", "", ""
 
 
 def _digits(unit: str) -> int:

@@ -1070,9 +1070,30 @@ REFUSED: dict[str, tuple[Callable[[], object], str]] = {
         lambda: cavia(classification(_normed(nn.InstanceNorm2d(4))), **INNER, modulated_layer="0"),
         r"modulated_layer='0' is followed by the norm '1'.* Name the norm",
     ),
+    "a layer before a dropout and a norm": (
+        lambda: cavia(
+            classification(nn.Sequential(nn.Conv2d(1, 4, 3), nn.Dropout2d(), nn.InstanceNorm2d(4), nn.Conv2d(4, 2, 3))),
+            **INNER, modulated_layer="0",
+        ),
+        r"modulated_layer='0' is followed by the norm '2'",
+    ),
+    "a layer at the end of a block before a norm": (
+        lambda: cavia(
+            classification(nn.Sequential(_normed(nn.InstanceNorm2d(4))[:1], _normed(nn.InstanceNorm2d(4))[1:])),
+            **INNER, modulated_layer="0.0",
+        ),
+        r"modulated_layer='0.0' is followed by the norm '1.1'",
+    ),
     "no context": (_mlp(cavia, num_context=0), r"num_context=0 must be 1 or more"),
     "no such modulation": (_mlp(cavia, modulation="film"), r"modulation='film' must be one of shift, scale_shift"),
     "no classes": (_mlp(fine_tuning, num_classes=None), r"these tasks have no classes. Take tasks with classes"),
+    "no class": (_mlp(fine_tuning, num_classes=0), r"num_classes=0 must be 1 or more"),
+    "a rate of the body that leads up": (
+        _mlp(fine_tuning, num_classes=3, body_lr=-1.0), r"body_lr=-1.0 must be 0 or more, and finite"
+    ),
+    "a rate of the body that is no number": (
+        _mlp(fine_tuning, num_classes=3, body_lr=math.nan), r"body_lr=nan must be 0 or more, and finite"
+    ),
     "an empty mini-batch": (_mlp(reptile, inner_batch_size=0), r"inner_batch_size=0 must be 1 or more"),
     "no such optimizer": (_mlp(reptile, inner_optimizer="lion"), r"inner_optimizer='lion' must be one of sgd, adam"),
     "an empty layer": (

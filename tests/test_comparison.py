@@ -55,7 +55,7 @@ def row(recipe: str = "omniglot-maml-5w1s", seed: int = 0, **changes: Any) -> Ro
         dataset={"split_hash": "ff"},
         date="2026-11-26",
         machine={"processor": "a CPU", "cores": 2},
-        config={},
+        config={"meta_batch_size": 32},
     )
     return replace(made, **changes)
 
@@ -84,6 +84,7 @@ def test_a_line_says_everything_about_its_row() -> None:
                 "96.30 +- 0.25",
                 "94.40 +- 0.33",
                 "1500 / 60000 (2.5 %)",
+                "1375",
                 "+0.50",
                 "1000",
                 "0",
@@ -94,12 +95,12 @@ def test_a_line_says_everything_about_its_row() -> None:
             "[json](rows/reproduce-omniglot-maml-5w1s-48000-s0.json)",
         ]
     ]
-    assert len(table_of([row()], folder="rows").splitlines()[0].split("|")) == 15
+    assert len(table_of([row()], folder="rows").splitlines()[0].split("|")) == 16
 
 
 def test_a_line_names_the_gpu() -> None:
     made = row(machine={"processor": "a CPU", "cores": 16, "gpu": "NVIDIA H100"})
-    assert cells([made])[0][9:11] == ["12.4 (NVIDIA H100)", "1234"]
+    assert cells([made])[0][10:12] == ["12.4 (NVIDIA H100)", "1234"]
 
 
 def test_a_regression_has_its_own_digits_and_what_is_not_there_is_a_dash() -> None:
@@ -107,11 +108,11 @@ def test_a_regression_has_its_own_digits_and_what_is_not_there_is_a_dash() -> No
         "sinusoid-maml-5s", unit="mean squared error", setting="sinusoid 5-shot", inductive=None, published=None,
         transductive={"mean": 0.34, "half_width": 0.0361}, share_of_paper=None, still_rose=-0.0123, commit=None,
     )  # fmt: skip
-    assert cells([wave])[0][2:7] == ["-", "0.340 +- 0.036", "-", "1500", "-0.012"]
-    assert cells([wave])[0][11] == "-"
+    assert cells([wave])[0][2:8] == ["-", "0.340 +- 0.036", "-", "1500", "1375", "-0.012"]
+    assert cells([wave])[0][12] == "-"
     assert cells([replace(wave, published=replace(FINN, value=None), share_of_paper=0.5)])[0][2] == "-"
     diverged = replace(wave, transductive={"mean": None, "half_width": None}, still_rose=None)
-    assert cells([diverged])[0][3:7:3] == ["not finite", "-"]
+    assert cells([diverged])[0][3:8:4] == ["not finite", "-"]
 
 
 @pytest.mark.parametrize(
@@ -140,11 +141,11 @@ def test_what_decides_a_comparison_is_said_once_with_the_recipes_it_is_about() -
 
 
 def test_a_validation_that_fell_by_next_to_nothing_has_no_sign_of_falling() -> None:
-    assert [cells([row(still_rose=rose)])[0][6] for rose in (-0.001, 0.0, -0.006)] == ["+0.00", "+0.00", "-0.01"]
+    assert [cells([row(still_rose=rose)])[0][7] for rose in (-0.001, 0.0, -0.006)] == ["+0.00", "+0.00", "-0.01"]
 
 
 def test_code_that_is_in_no_commit_is_marked() -> None:
-    assert cells([row(commit="0123456789abcdef0123456789abcdef01234567+")])[0][11] == "0123456+"
+    assert cells([row(commit="0123456789abcdef0123456789abcdef01234567+")])[0][12] == "0123456+"
 
 
 def test_seeds_have_a_line_each_and_their_mean() -> None:
@@ -152,7 +153,7 @@ def test_seeds_have_a_line_each_and_their_mean() -> None:
     seeds = [row(seed=seed, transductive={"mean": 96.0 + seed, "half_width": 0.2}) for seed in range(3)]
     seeds[2] = replace(seeds[2], inductive={"mean": None, "half_width": None})
     found = cells([*seeds, row("omniglot-anil-5w1s")])
-    assert [(line[0], line[3], line[8]) for line in found] == [
+    assert [(line[0], line[3], line[9]) for line in found] == [
         ("maml", "96.00 +- 0.20", "0"),
         ("maml", "97.00 +- 0.20", "1"),
         ("maml", "98.00 +- 0.20", "2"),
@@ -186,6 +187,9 @@ def test_schedules_that_have_shrunk_are_said() -> None:
         "steps."
     )
     assert table_of(rows, folder="rows").splitlines().count(said) == 1
+    changed = row("omniglot-mamlpp-5w1s", schedules={"annealing_steps": [5000, 300]}, overrides={"meta_batch_size": 64})
+    other = said.replace("5w1s with", "5w1s (1) with").replace("600", "300")
+    assert {said, other} <= set(table_of([*rows, changed], folder="rows").splitlines())
 
 
 # ----------------------------------------------------------------------------------------------------- rows
@@ -213,11 +217,31 @@ def test_rows_stand_by_setting_and_then_as_published(tmp_path: Path) -> None:
 
 
 def test_a_row_is_read_as_it_was_written(tmp_path: Path) -> None:
-    made = row(overrides={"hidden_sizes": [8, 8], "clip_norm": None}, inductive=None)
+    made = row("omniglot-zeta-5w1s", overrides={"hidden_sizes": [8, 8], "clip_norm": None}, inductive=None)
     write_row(tmp_path, made)
     (found,) = read_rows(tmp_path)
     assert replace(found, validation=made.validation) == made
     assert [tuple(point) for point in found.validation] == made.validation
+
+
+@pytest.mark.usefixtures("order")
+def test_a_row_stands_beside_what_is_known_of_its_paper_by_now(tmp_path: Path) -> None:
+    """1,500 of 60,000 steps of 32 tasks are no more than a fortieth of it, whatever was known when it was made."""
+    write_row(tmp_path, row(published=replace(FINN, value=9.0, num_outer_steps=10), share_of_paper=150.0))
+    (found,) = read_rows(tmp_path)
+    assert (found.published, found.share_of_paper) == (FINN, 0.025)
+
+
+def test_rows_that_differ_in_more_than_their_seed_are_no_seeds_of_one(tmp_path: Path) -> None:
+    configs = [{"meta_batch_size": 32, "seed": 0}, {"meta_batch_size": 32, "seed": 1, "added_later": 3}]
+    for seed, config in enumerate(configs):
+        write_row(tmp_path, row(seed=seed, config=config))
+    assert len(read_rows(tmp_path)) == 2
+    write_row(tmp_path, row(seed=2, config={"meta_batch_size": 8, "seed": 2}))
+    with pytest.raises(
+        RunError, match=r"-s2\.json would count as another seed .*-s1, but differs in meta_batch_size\. M"
+    ):
+        read_rows(tmp_path)
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", "3", '{"name": "x"}', '{"published": {"value": 3}}'])
@@ -322,6 +346,7 @@ def test_what_is_not_there_is_not_drawn(tmp_path: Path) -> None:
     whole = drawn(tmp_path, [row()])
     without = drawn(tmp_path, [row(inductive=None)])
     assert count(whole, VERMILION) > 200 > 0 == count(without, VERMILION)
-    unknown = drawn(tmp_path, [row(transductive={"mean": None, "half_width": None}, published=None)])
+    nothing: dict[str, Any] = {"transductive": {"mean": None, "half_width": None}, "published": None}
+    unknown = drawn(tmp_path, [row("omniglot-zeta-5w1s", **nothing)])
     assert count(whole, BLUE) > 200 > 0 == count(unknown, BLUE)
-    drawn(tmp_path, [row(transductive={"mean": None, "half_width": None}, published=None, inductive=None)])
+    drawn(tmp_path, [row("omniglot-zeta-5w1s", **nothing, inductive=None)])

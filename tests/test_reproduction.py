@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from distmaml import driver
+from distmaml import driver, paths
 from distmaml.comparison import BEGIN, END, read_rows
 from distmaml.config import flatten, from_json, override
 from distmaml.errors import ConfigError, DistmamlError, RunError
@@ -109,6 +109,13 @@ def test_a_name_is_that_of_the_same_row_alone() -> None:
     assert names(WAVES, num_test_episodes=1000, data_dir=Path("x"), num_workers=1) == names(WAVES)
 
 
+def test_what_decides_no_figure_makes_no_other_row() -> None:
+    aside = plan(WAVES, changes=("log_every=3", "checkpoint_every=7", "inner_lr=0.2"))
+    assert aside.name == plan(WAVES, changes=("inner_lr=0.2",)).name
+    assert aside.overrides == {"inner_lr": 0.2}
+    assert (aside.config.run.log_every, aside.config.run.checkpoint_every) == (3, 7)
+
+
 def test_a_command_makes_its_row_and_no_other() -> None:
     many = asked(WAVES, GLYPHS, seeds=(0, 7), data_dir=Path("/home/me/data"))
     assert [found.command for found in plans_of(many)][3] == (
@@ -116,6 +123,7 @@ def test_a_command_makes_its_row_and_no_other() -> None:
         "--data-dir DIR"
     )
     assert "--set 'hidden_sizes=[4, 4]' --num" in plan(WAVES, changes=("hidden_sizes=[4, 4]",)).command
+    assert "--data-dir" not in plans_of(many)[1].command, "waves are in no file"
 
 
 # ------------------------------------------------------------------------------------------------ schedules
@@ -267,6 +275,8 @@ def untrained(monkeypatch: pytest.MonkeyPatch) -> None:
         ([WAVES], {"changes": ("inner_lr=0",)}, "inner_lr=0.0 must be greater than 0"),
         ([WAVES], {"changes": ("num_outer_steps=3",)}, "num_outer_steps=3 is not possible: .* follows from --tasks"),
         ([WAVES], {"changes": ("algorithm=anil",)}, "algorithm=anil is not possible: .* follows from the recipe"),
+        ([GLYPHS], {"changes": ("dataset=omniglot",)}, "dataset=omniglot is not possible: .* follows from the recipe"),
+        ([GLYPHS], {"changes": ("split=maml",)}, "split=maml is not possible: .* follows from the recipe"),
     ],
 )
 def test_what_is_wrong_is_said_before_anything_is_trained(
@@ -369,6 +379,19 @@ def test_a_row_that_is_there_is_not_made_again_and_one_whose_run_is_there_is_not
     assert reproduce(request) == []
     assert made.read_bytes() == before
     assert "It is trained already" in capsys.readouterr().err
+
+
+@pytest.mark.usefixtures("serially")
+def test_a_run_whose_test_cannot_be_read_stops_no_other_row(place: Place, capsys: pytest.CaptureFixture[str]) -> None:
+    request = place.request(WAVES, seeds=(0, 1))
+    (first, second) = plans_of(request)
+    assert reproduce(request) == []
+    for row in place.results.iterdir():
+        row.unlink()
+    (paths.run_folder(first.config) / "evaluation-test.json").write_text("{")
+    assert reproduce(request) == [first.name]
+    assert [row.name for row in read_rows(place.results)] == [second.name]
+    assert "evaluation-test.json, the test of a run that has ended, cannot be read" in capsys.readouterr().err
 
 
 @pytest.mark.usefixtures("serially")

@@ -83,9 +83,10 @@ def cavia(
 
         predicted = objective.predict_hooked(meta.params, inputs, moment, {name: modulate})
         if not called:  # an attention reads the weights of its layers without calling them
+            others = ", ".join(other for other, _ in layers_of(objective) if other != name)
             raise ConfigError(
                 f"modulated_layer={name!r} is never called by the model, so a context has no effect there. Name "
-                f"another one: {', '.join(other for other, _ in layers_of(objective) if other != name)}."
+                f"another one: {others or 'it has none'}."
             )
         return predicted
 

@@ -5,6 +5,7 @@ a body that stays as it was trained); Ravi, Larochelle (2017), https://openrevie
 is tuned too).
 """
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -46,11 +47,13 @@ def fine_tuning(
       num_classes: training classes.
 
     Raises:
-      ConfigError: no inner step, no rate above 0; a model that does not end in a linear layer, or is nothing else;
-        tasks without classes.
+      ConfigError: no inner step, no rate above 0, a body_lr below 0, no class; a model that does not end in a linear
+        layer, or is nothing else; tasks without classes.
     """
     check_steps(num_inner_steps)
     check_rate(inner_lr)
+    if not 0 <= body_lr < math.inf:
+        raise ConfigError(f"body_lr={body_lr} must be 0 or more, and finite.")
     layer = linear_head(objective, "fine_tuning", bias=True)
     names = {"weight": f"{objective.head}.weight", "bias": f"{objective.head}.bias"}
     body_of(objective, dict(objective.model.named_parameters()), "fine_tuning")
@@ -59,6 +62,8 @@ def fine_tuning(
             "fine_tuning is trained to tell all classes of the training split apart, and these tasks have no classes. "
             "Take tasks with classes (images), or another algorithm."
         )
+    if num_classes < 1:
+        raise ConfigError(f"num_classes={num_classes} must be 1 or more.")
     rule = sgd_by_name(lambda name: inner_lr if name in names.values() else body_lr)
 
     def init(params: Params, generator: torch.Generator) -> FineTuningParams:

@@ -15,7 +15,6 @@ from distmaml.algorithms.passes import (
     check_rate,
     check_steps,
     halves,
-    loss_gradient,
     predict,
     query_gradient,
     support_loss,
@@ -94,23 +93,20 @@ def imaml(
     def by_newton(theta: Params, support: Batch, steps: int, key: Tensor | None) -> Iterator[Params]:
         loss_fn = support_loss(objective, theta, support, key)
 
-        def distance(params: Params) -> Tensor:
-            away = tree_map(torch.sub, params, theta)
-            return 0.5 * weight * tree_dot(away, away)
-
         def step(phi: Params, k: int) -> Params:
+            here = linearize(loss_fn, phi, (), k, needs_grads=True)
+
             def value_of(params: Params) -> Tensor:
+                away = tree_map(torch.sub, params, theta)
                 outputs = objective.predict(params, support.inputs, Moment(k, key))
-                return objective.loss(outputs, support.targets)[0] + distance(params)
+                return objective.loss(outputs, support.targets)[0] + 0.5 * weight * tree_dot(away, away)
 
             def hessian(vector: Params) -> Params:
-                curved: Params = tree_map(lambda h, v: h + weight * v, curvature(vector)[0], vector)
+                curved: Params = tree_map(lambda h, v: h + weight * v, here.transpose(vector)[0], vector)
                 return curved
 
-            grads, (loss, _) = loss_gradient(objective, phi, support, Moment(k, key))
-            slope = tree_map(lambda g, p, t: g + weight * (p - t), grads, phi, theta)
-            curvature = linearize(loss_fn, phi, (), k).transpose
-            return newton_step(value_of, phi, loss + distance(phi), slope, hessian, num_cg_steps)
+            grads = tree_map(lambda g, p, t: g + weight * (p - t), here.grads, phi, theta)
+            return newton_step(value_of, phi, grads, hessian, num_cg_steps)
 
         phi = theta
         yield phi

@@ -43,10 +43,10 @@ def meta_lstm(objective: Objective, *, num_inner_steps: int, hidden_size: int = 
     derivative. The forget gate starts near 1 and the input gate near 0.01: gradient descent.
 
     Args:
-      hidden_size: of the first layer.
+      hidden_size: of the LSTM that sees gradient and loss.
 
     Raises:
-      ConfigError: no inner step, an empty first layer.
+      ConfigError: no inner step, an LSTM without a hidden unit.
     """
     check_steps(num_inner_steps)
     if hidden_size < 1:

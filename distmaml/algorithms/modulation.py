@@ -1,6 +1,7 @@
 """Which layer of a model CAVIA's context parameters change, so that they have an effect."""
 
 import itertools
+from collections.abc import Iterator
 
 from torch import nn
 
@@ -35,7 +36,7 @@ def modulated(objective: Objective, wanted: str | None) -> tuple[str, int]:
 
 
 def layers_of(objective: Objective) -> list[tuple[str, int]]:
-    """Names and channels of all that can be; norms first, as one that follows a layer takes a shift out again."""
+    """Names and channels of all that a context can change; norms first, which take a shift before them out again."""
     norms, others = [], []
     for name, module in objective.model.named_modules():
         if name and isinstance(module, nn.modules.batchnorm._NormBase):
@@ -49,12 +50,22 @@ def _norm_after(objective: Objective, name: str) -> str | None:
     """The norm with statistics of each channel that follows a layer, where the model shows its order."""
     if objective.chain is not None:
         return next((block.norm for block in objective.chain.blocks if block.convolution == name), None)
-    parent, _, last = name.rpartition(".")
-    siblings = objective.model.get_submodule(parent)
-    if not isinstance(siblings, nn.Sequential):
-        return None
-    following = itertools.pairwise(siblings.named_children())
-    after = next((other for (own, _), other in following if own == last), ("", None))
-    if not isinstance(after[1], nn.modules.batchnorm._NormBase):
-        return None
-    return f"{parent}.{after[0]}".lstrip(".")
+    outermost = name
+    while outermost and isinstance(objective.model.get_submodule(outermost.rpartition(".")[0]), nn.Sequential):
+        outermost = outermost.rpartition(".")[0]
+    behind = itertools.dropwhile(
+        lambda step: step[0] != name, _in_order(outermost, objective.model.get_submodule(outermost))
+    )
+    for other, module in itertools.islice(behind, 1, None):
+        if not isinstance(module, nn.Identity | nn.modules.dropout._DropoutNd):
+            return other if isinstance(module, nn.modules.batchnorm._NormBase) else None
+    return None
+
+
+def _in_order(name: str, module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """What a module calls one after the other, as far as that is known: sequentials within sequentials."""
+    if not isinstance(module, nn.Sequential):
+        yield name, module
+        return
+    for child_name, child in module.named_children():
+        yield from _in_order(f"{name}.{child_name}".lstrip("."), child)

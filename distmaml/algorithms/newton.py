@@ -20,18 +20,22 @@ SUFFICIENT = 1e-4
 def newton_step(
     value_of: Callable[[Params], Tensor],
     params: Params,
-    value: Tensor,
     grads: Params,
     hessian: Callable[[Params], Params],
     num_cg_steps: int,
 ) -> Params:
     """Where the step leads; the same parameters if no length of it is enough of a decrease.
 
+    The direction solves ``H d = g`` as far as conjugate gradients come; it is the gradient where the curvature along
+    that is not positive.
+
     Args:
       value_of: what is to be minimised.
-      value: of it at `params`; as are its gradient and its Hessian, as ``v -> H v``.
+      grads: g, its gradient at `params`.
+      hessian: ``v -> H v``, its Hessian there.
+      num_cg_steps: steps of conjugate gradients at most.
     """
-    direction = conjugate_gradient(hessian, grads, num_cg_steps)
+    value, direction = value_of(params), conjugate_gradient(hessian, grads, num_cg_steps)
     promised, length = tree_dot(grads, direction), torch.zeros_like(value)
     for tried in LINE_SEARCH:
         there = value_of(tree_axpy(torch.full_like(value, -tried), direction, params))

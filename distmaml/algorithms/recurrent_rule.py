@@ -12,12 +12,12 @@ from torch import Tensor
 from distmaml.algorithms.passes import uniform
 from distmaml.inner import Params
 
-SCALE = 10.0
-"""p of the preprocessing of gradients and losses (Andrychowicz et al., 2016)."""
+P = 10.0
+"""That of the preprocessing of gradients and losses (Andrychowicz et al., 2016)."""
 
 
 class Memory(NamedTuple):
-    """What the rule remembers of each parameter: the first layer's state, and the gates of the step before.
+    """What the rule remembers of each parameter: the state of the LSTM, and the gates of the step before.
 
     Parameters lie last: torch goes over long rows nearly twice as fast as over rows of hidden_size.
     """
@@ -86,7 +86,7 @@ def preprocessed(values: Tensor) -> Tensor:
         (log|x| / p, sign(x))  where |x| >= e^-p,  else (-1, e^p x)
     """
     magnitude = values.abs()
-    large = magnitude >= math.exp(-SCALE)
-    log = magnitude.clamp_min(torch.finfo(values.dtype).tiny).log() / SCALE
+    large = magnitude >= math.exp(-P)
+    log = magnitude.clamp_min(torch.finfo(values.dtype).tiny).log() / P
     ones = torch.ones_like(values)
-    return torch.stack([torch.where(large, log, -ones), torch.where(large, values.sign(), values * math.exp(SCALE))])
+    return torch.stack([torch.where(large, log, -ones), torch.where(large, values.sign(), values * math.exp(P))])
