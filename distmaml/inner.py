@@ -75,7 +75,7 @@ def sgd_by_name(rate_of: Callable[[str], float]) -> UpdateRule:
 def differentiable(step: Callable[[Tree, Params, Params, int], Params]) -> UpdateRule:
     """Any differentiable step as a rule, its derivative by autodiff: learned rates, curvature, a recurrent rule.
 
-    Costs one more gradient of the support loss per inner step than `sgd`.
+    Where tasks lie side by side it costs one more gradient of the support loss per inner step than `sgd`.
     """
 
     def pull_back(
