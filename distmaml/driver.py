@@ -18,7 +18,7 @@ from distmaml.files import write_text
 from distmaml.interrupt import Interrupt, interruptible
 from distmaml.mirror import Mirror
 from distmaml.progress import Progress, say
-from distmaml.recorder import check_data, file_of, save_now
+from distmaml.recorder import EvaluationProgress, check_data, file_of, save_now
 from distmaml.scoring import Evaluated, Intervals
 from distmaml.worker import Worker
 
@@ -114,7 +114,10 @@ def train_and_test(config: Config, worker: Worker) -> tuple[dict[str, float], Ev
     """What each worker of a run does."""
     preflight.check_shared(config)
     metrics = loop.train(config, worker)
-    return metrics, loop.evaluate(config, worker) if config.evaluation.num_test_episodes else None
+    if not config.evaluation.num_test_episodes:
+        return metrics, None
+    tell = EvaluationProgress(config, int(metrics["step"])) if worker.rank == 0 else None
+    return metrics, loop.evaluate(config, worker, tell=tell)
 
 
 def _tell_of_idle_workers(config: Config) -> None:
@@ -157,7 +160,7 @@ def _is_training(config: Config, folder: Path) -> bool:
         age = time.time() - paths.progress(folder).stat().st_mtime
     except (OSError, ValueError):
         return False
-    return age < SAVE_SECONDS and int(progress["step"]) < config.outer.num_outer_steps
+    return age < SAVE_SECONDS and "tested" not in progress and int(progress["step"]) < config.outer.num_outer_steps
 
 
 # ------------------------------------------------------------------------------------------ evaluation

@@ -6,6 +6,7 @@ something (early stop, divergence, the best model) is computed from sums that ev
 
 import logging
 import math
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -15,18 +16,17 @@ from distmaml import build, checkpoint, collectives, gpu, mirror, outer, paths
 from distmaml.config import Config, from_json
 from distmaml.episodes import TaskDistribution, num_chunks, shard
 from distmaml.errors import DivergenceError
+from distmaml.evaluation import scores_on
 from distmaml.machine import machine_of
 from distmaml.meter import Meter
 from distmaml.prefetch import prefetched
 from distmaml.recorder import Recorder, check_data, check_origin, file_of
-from distmaml.scoring import Evaluated, Intervals, by_step, interval, score, scored_steps
+from distmaml.scoring import Evaluated, by_step
 from distmaml.selection import Selection, best_of, selected
 from distmaml.trees import floats, named_leaves, tree_to
 from distmaml.worker import Worker
 
 log = logging.getLogger("distmaml")
-
-EVALUATION_CHUNK = 20
 
 
 def train(config: Config, worker: Worker) -> dict[str, float]:
@@ -110,8 +110,14 @@ def train(config: Config, worker: Worker) -> dict[str, float]:
     return {**values, **best_of(selection, evaluation), "step": float(done)}
 
 
-def evaluate(config: Config, worker: Worker, *, split: str = "test", step: int | None = None) -> Evaluated:
+def evaluate(
+    config: Config, worker: Worker, *, split: str = "test", step: int | None = None,
+    tell: Callable[[float], None] | None = None,
+) -> Evaluated:  # fmt: skip
     """Scores the run's model, or its checkpoint after `step`, on episodes of a split; every worker gets the result.
+
+    Args:
+      tell: hears what share of them this worker has done.
 
     Raises:
       CheckpointError: there is no such file, or it is damaged or of another model.
@@ -126,43 +132,15 @@ def evaluate(config: Config, worker: Worker, *, split: str = "test", step: int |
     trained = from_json(document["config"])
     learner = build.learner(trained, build.shapes(tasks["train"]), worker.device)
     meta_params = outer.load_meta_params(learner.meta_params, tensors, prefix="" if step is None else outer.META_PARAMS)
-    scores = _score(config, worker, learner, meta_params, tasks, split, inductive=config.evaluation.inductive)
+    inductive = config.evaluation.inductive
+    scores = scores_on(config, worker, learner, meta_params, tasks[split], split, inductive=inductive, tell=tell)
     return Evaluated(document["step"], scores, machine_of(worker.device))
-
-
-def _score(
-    config: Config,
-    worker: Worker,
-    learner: build.Learner,
-    meta_params: Any,
-    tasks: dict[str, TaskDistribution],
-    split: str,
-    *,
-    inductive: bool,
-) -> Intervals:
-    """Scores on the first episodes of a split, which are always the same ones."""
-    num_episodes = config.evaluation.num_episodes(split)
-    steps = config.evaluation.num_eval_steps if learner.algorithm.descends else 0
-    modes = ["transductive", *(["inductive"] if inductive else [])]
-    keys = [(mode, f"query_{name}") for mode in modes for name in ("loss", *learner.objective.metrics)]
-    columns = [(*key, step) for key in keys for step in scored_steps(key[0], steps)]
-    table = torch.zeros(num_episodes, len(columns), dtype=getattr(torch, config.outer.dtype), device=worker.device)
-    for _, positions in shard(num_episodes, EVALUATION_CHUNK, worker.rank, worker.world_size):
-        batch = tree_to(tasks[split].sample(positions), worker.device, table.dtype)
-        found = score(learner.algorithm, learner.objective, meta_params, batch, num_steps=steps, inductive=inductive,
-                      vectorize=learner.vectorize)  # fmt: skip
-        table[positions.start : positions.stop] = torch.cat([found[mode][metric] for mode, metric in keys], 1)
-    collectives.all_reduce(table)  # every row is zero on all workers but one
-    scores: Intervals = {mode: {} for mode in modes}
-    for (mode, metric, step), values in zip(columns, table.T, strict=True):
-        scores[mode].setdefault(metric, {})[step] = interval(values)
-    return scores
 
 
 def _validate(
     config: Config, worker: Worker, learner: build.Learner, meta_params: Any, tasks: dict[str, TaskDistribution]
 ) -> dict[str, float]:
-    scores = _score(config, worker, learner, meta_params, tasks, "val", inductive=False)
+    scores = scores_on(config, worker, learner, meta_params, tasks["val"], "val", inductive=False)
     means = [by_step(f"val/{metric}", intervals) for metric, intervals in scores["transductive"].items()]
     return {name: mean for found in means for name, mean in found.items()}
 

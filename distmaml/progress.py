@@ -21,8 +21,9 @@ class Progress:
         self._config, self._file = config, paths.progress(folder)
         self._end, self._thread = threading.Event(), threading.Thread(target=self._watch, daemon=True)
         self._terminal = sys.stderr.isatty()
-        self._shown, self._said = "", 0.0
-        self._first: tuple[float, int] | None = None
+        self._text, self._shown, self._said = "", "", 0.0
+        self._testing = False
+        self._first: tuple[float, float] | None = None
 
     def __enter__(self) -> "Progress":
         self._file.unlink(missing_ok=True)  # of an earlier start
@@ -41,10 +42,19 @@ class Progress:
                 progress = json.loads(self._file.read_text())
             except (OSError, ValueError):
                 continue
-            self._first = self._first or (time.monotonic(), int(progress["step"]))
-            self._show(line(self._config, progress, self._first), last=ended)
+            self._follow(progress, last=ended)
         if self._terminal and self._shown:
             print(file=sys.stderr, flush=True)
+
+    def _follow(self, progress: Mapping[str, float], *, last: bool) -> None:
+        if self._testing != ("tested" in progress):
+            self._show(self._text, last=True)  # the last of the training
+            if self._terminal:
+                print(file=sys.stderr)
+            self._testing, self._first, self._said = not self._testing, None, time.monotonic()
+        self._first = self._first or (time.monotonic(), progress.get("tested", progress["step"]))
+        self._text = line(self._config, progress, self._first)
+        self._show(self._text, last=last and not self._testing)
 
     def _show(self, text: str, *, last: bool) -> None:
         if text == self._shown or not (self._terminal or last or time.monotonic() - self._said >= LOG_SECONDS):
@@ -58,13 +68,15 @@ class Progress:
         self._shown, self._said = text, time.monotonic()
 
 
-def line(config: Config, progress: Mapping[str, float], first: tuple[float, int]) -> str:
-    """How far a run is, in one line.
+def line(config: Config, progress: Mapping[str, float], first: tuple[float, float]) -> str:
+    """How far a run is, in one line: its training or its test.
 
     Args:
-      progress: the step and the last value of each metric.
-      first: when the first progress was seen, as `time.monotonic` has it, and its step.
+      progress: the step and the last value of each metric; in the test, the share of it that is "tested".
+      first: when the first progress of the kind was seen, as `time.monotonic` has it, and its step or share.
     """
+    if "tested" in progress:
+        return "  ".join([f"test {100 * progress['tested']:.0f} %", *_left(progress["tested"], 1.0, first)])
     total, step = config.outer.num_outer_steps, int(progress["step"])
     words = [f"step {step}/{total}"]
     quantity = config.evaluation.selected_quantity.removeprefix("query_").split("_step_")[0]
@@ -76,11 +88,16 @@ def line(config: Config, progress: Mapping[str, float], first: tuple[float, int]
             )
     if "system/tasks_per_second" in progress:
         words.append(f"{progress['system/tasks_per_second']:.0f} tasks/s")
-    seconds, steps = time.monotonic() - first[0], step - first[1]
-    if steps > 0 and step < total:
-        left = int((total - step) * seconds / steps)
-        words.append(f"{left // 60}:{left % 60:02d} left")
-    return "  ".join(words)
+    return "  ".join([*words, *_left(step, total, first)])
+
+
+def _left(done: float, total: float, first: tuple[float, float]) -> list[str]:
+    """How long it will take, where that can be said."""
+    seconds, gained = time.monotonic() - first[0], done - first[1]
+    if not gained > 0 or done >= total:
+        return []
+    left = int((total - done) * seconds / gained)
+    return [f"{left // 60}:{left % 60:02d} left"]
 
 
 def say(text: str) -> None:

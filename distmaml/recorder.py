@@ -96,6 +96,25 @@ class Recorder:
         self._mirror.push(paths.model(self._folder))
 
 
+class EvaluationProgress:
+    """Says how far the test of a run is, to whoever watches its progress; on rank 0 only.
+
+    Args:
+      step: outer steps that the run ended after.
+    """
+
+    def __init__(self, config: Config, step: int) -> None:
+        self._file, self._mirror, self._step = paths.progress(paths.run_folder(config)), mirror.of(config), step
+        self._shown = time.monotonic()
+
+    def __call__(self, share: float) -> None:
+        """Says what share of the test is done, at most once a second."""
+        if time.monotonic() - self._shown >= PROGRESS_SECONDS:
+            self._shown = time.monotonic()
+            write_text(self._file, json.dumps({"step": self._step, "tested": share}))
+            self._mirror.push_sometimes(self._file)
+
+
 def save_now(run: Path, *, storage: str | None = None, seconds: float = SAVE_SECONDS) -> None:
     """Asks whoever trains a run for a checkpoint at once, and waits for it: a stop then costs no steps.
 

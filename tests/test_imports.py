@@ -40,7 +40,7 @@ LAYERS = [
         "tasks",
     ],
     ["build", "mirror", "plans", "population", "rows", "searchers"],
-    ["adapter", "pictures", "recorder", "table", "tracking"],
+    ["adapter", "evaluation", "pictures", "recorder", "table", "tracking"],
     ["loop", "ray_cluster", "supervisor"],
     ["comparison", "findings", "launch", "preflight", "progress", "report", "search"],
     ["board", "experiment", "workers"],
