@@ -246,7 +246,7 @@ def test_a_finished_run_goes_on_when_more_steps_are_asked_for(output_dir: Path) 
 def test_a_run_that_was_killed_in_its_test_is_tested_when_resumed(
     output_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def evaluate(config: Config, worker: Worker) -> None:
+    def evaluate(config: Config, worker: Worker, *, tell: object) -> None:
         raise KeyboardInterrupt
 
     config = sinusoid(output_dir)
