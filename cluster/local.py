@@ -173,7 +173,10 @@ def start_ray(dashboard_port: int) -> Any:
     """A head, as `ray.cluster_utils.Cluster`, in the environment that `_environment` describes."""
     from ray.cluster_utils import Cluster
 
-    head = {"num_cpus": 0, "include_dashboard": True, "dashboard_host": "127.0.0.1", "dashboard_port": dashboard_port}
+    head = {
+        "num_cpus": 0, "include_dashboard": True, "dashboard_host": "127.0.0.1", "dashboard_port": dashboard_port,
+        "dashboard_agent_listen_port": _free_port(),  # the usual one is that of any other Ray on this machine
+    }  # fmt: skip
     return Cluster(initialize_head=True, head_node_args=head)
 
 
