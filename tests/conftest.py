@@ -115,19 +115,29 @@ class Job:
             self.process.send_signal(number)
 
     def ray_processes(self) -> list[psutil.Process]:
-        """Processes of the command's own Ray cluster that live."""
+        """Processes of the command's own Ray cluster that live, and what libraries call for a moment, as uname."""
         found = []
         for process in psutil.process_iter():
             try:
-                if process.pid != self.process.pid and str(self._ray_folder) in process.environ().get("RAY_TMPDIR", ""):
+                own = str(self._ray_folder) in process.environ().get("RAY_TMPDIR", "")
+                if own and process.pid != self.process.pid and process.status() != psutil.STATUS_ZOMBIE:
                     found.append(process)
             except psutil.Error:
                 continue
-        return [process for process in found if process.status() != psutil.STATUS_ZOMBIE]
+        return found
+
+    def running(self, word: str) -> list[psutil.Process]:
+        """Those of them with a word in their command line."""
+        found = []
+        for process in self.ray_processes():
+            with contextlib.suppress(psutil.NoSuchProcess):
+                if word in " ".join(process.cmdline()):
+                    found.append(process)
+        return found
 
     def workers(self) -> list[psutil.Process]:
         """The Ray Train workers among them."""
-        return [p for p in self.ray_processes() if "RayTrainWorker" in " ".join(p.cmdline())]
+        return self.running("RayTrainWorker")
 
     def end(self) -> None:
         """Ends the command, where that is still to be done, and its Ray."""

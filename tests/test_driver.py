@@ -647,7 +647,7 @@ def test_a_signal_ends_a_run_in_order(waves: Waves, number: signal.Signals) -> N
 @pytest.mark.ray
 def test_a_signal_ends_a_run_whose_cluster_is_just_starting(waves: Waves) -> None:
     job = waves.train("hasty", "--num-workers", "1")
-    job.wait_for(lambda: job.ray_processes())
+    job.wait_for(lambda: job.running("gcs_server"))
     begun = time.monotonic()
     job.signal(signal.SIGINT)
     assert job.wait(seconds=120) == 130, job.output

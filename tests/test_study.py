@@ -510,7 +510,7 @@ def test_a_search_whose_trial_is_killed_and_then_its_driver_goes_on_to_the_same_
     )
     file = paths.journal(paths.searches(tmp_path) / "s")
     job.wait_for(lambda: file.exists() and b'"reported"' in file.read_bytes())
-    killed = [process for process in job.ray_processes() if "ImplicitFunc" in " ".join(process.cmdline())]
+    killed = job.running("ImplicitFunc")
     assert 1 <= len(killed) <= 2
     for process in killed:
         process.kill()
