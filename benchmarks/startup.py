@@ -55,6 +55,7 @@ PARTS = {
     "import": ("import others", IMPORTS),
     "distmaml.cli": ("options read", OURS),
     "distmaml.preflight": ("checks, rehearsal", OURS),
+    "distmaml.rehearsal": ("checks, rehearsal", OURS),
     "distmaml.datasets": ("store made", STORE),
     "distmaml.store": ("store opened, verified", OURS),
     "distmaml.tracking.database:_create_database": ("database made", DATABASE),

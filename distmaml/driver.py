@@ -10,7 +10,7 @@ from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import NamedTuple
 
-from distmaml import build, checkpoint, experiment, loop, mirror, paths, preflight, report, workers
+from distmaml import build, checkpoint, experiment, loop, mirror, paths, preflight, rehearsal, report, workers
 from distmaml.config import Config, override, to_json
 from distmaml.episodes import num_chunks
 from distmaml.errors import ClusterError, ConfigError, RunError
@@ -70,7 +70,7 @@ def _train(config: Config, interrupt: Interrupt) -> Outcome:
         preflight.check_resumable(config, folder)
     else:
         preflight.check_new(config, folder)
-    preflight.rehearse(config)
+    rehearsal.rehearse(config)
     tracking = experiment.open_tracking(config, resuming=folder if config.run.resume else None)
     if not tracking.reachable:
         say("The run goes on without it: its points are kept in its folder, and sent when the server is back.")

@@ -1,7 +1,6 @@
 """Everything about a training run that can be known to be wrong before a cluster is started."""
 
 import json
-import logging
 import os
 import secrets
 import shutil
@@ -15,20 +14,16 @@ from pathlib import Path
 
 import torch
 
-from distmaml import build, checkpoint, mirror, paths
+from distmaml import checkpoint, mirror, paths
 from distmaml.config import Config, is_repeated, is_store, read, to_json
-from distmaml.engine import warn_once
-from distmaml.errors import ConfigError, DistmamlError, RunError, first_line
+from distmaml.errors import ConfigError, RunError
 from distmaml.files import absolute
 from distmaml.limits import check_storage
 from distmaml.mirror import Mirror
 from distmaml.options import ImageTaskOptions
-from distmaml.outer import chunk_sum, init_outer, load_named_state
 from distmaml.recorder import check_origin, check_settings
-from distmaml.scoring import score
 from distmaml.selection import Selection
 from distmaml.tracking.outbox import Outbox
-from distmaml.trees import Tree, tree_to
 
 LEAST_BYTES = 100 * 2**20
 WORKERS_A_CORE = 8
@@ -104,6 +99,24 @@ def check_output(folder: Path) -> None:
         raise RunError(
             f"{folder} has {free / 2**20:.0f} MiB of free space; a run wants {LEAST_BYTES / 2**20:.0f} MiB or more. "
             "Make room, or name another folder by --output-dir."
+        )
+
+
+def check_machine(config: Config) -> None:
+    """Refuses workers that a cluster on this machine could not carry.
+
+    Raises:
+      ConfigError: too many of them, or a GPU that is not there.
+    """
+    if config.cluster.use_gpu == "yes" and not torch.cuda.is_available():
+        raise ConfigError(
+            "use_gpu='yes', but torch finds no GPU on this machine. Take --use-gpu auto, or name a cluster."
+        )
+    most = WORKERS_A_CORE * (os.cpu_count() or 1)
+    if config.cluster.team[1] > most:
+        raise ConfigError(
+            f"num_workers={config.cluster.num_workers} is more than this machine can carry: {most} at most, and "
+            f"{os.cpu_count()} are as fast. Lower it, or name a cluster by --address."
         )
 
 
@@ -285,104 +298,3 @@ def _end(folder: Path) -> str | None:
     """How the run last said that it ended."""
     ends = [record["status"] for record in Outbox(folder).records() if record["kind"] == "ended"]
     return ends[-1] if ends else None
-
-
-# ------------------------------------------------------------------------------------------- the rehearsal
-
-
-def check_machine(config: Config) -> None:
-    """Refuses workers that a cluster on this machine could not carry.
-
-    Raises:
-      ConfigError: too many of them, or a GPU that is not there.
-    """
-    if config.cluster.use_gpu == "yes" and not torch.cuda.is_available():
-        raise ConfigError(
-            "use_gpu='yes', but torch finds no GPU on this machine. Take --use-gpu auto, or name a cluster."
-        )
-    most = WORKERS_A_CORE * (os.cpu_count() or 1)
-    if config.cluster.team[1] > most:
-        raise ConfigError(
-            f"num_workers={config.cluster.num_workers} is more than this machine can carry: {most} at most, and "
-            f"{os.cpu_count()} are as fast. Lower it, or name a cluster by --address."
-        )
-
-
-def rehearse(config: Config) -> None:
-    """One task's gradient and score in this process, so that a mistake shows before any cluster work.
-
-    Raises:
-      ConfigError: options that do not get along.
-      DataError: data that are not there or do not suffice.
-    """
-    try:
-        opened = build.store(config)
-        if opened is not None:
-            opened.verify()
-        learner = _train_and_score_one(config)
-        if config.run.resume:
-            _check_restorable(config, learner.meta_params)
-    except DistmamlError:
-        raise
-    except Exception as error:  # whatever a user's own code raises
-        if "allocate memory" in str(error) or isinstance(error, MemoryError):
-            raise ConfigError(
-                f"the memory of this machine does not suffice for one task ({first_line(error)})."
-            ) from error
-        raise ConfigError(
-            f"model={config.model!r} does not get along with tasks={config.tasks!r} and objective={config.objective!r}"
-            f": {build.described(error)}."
-        ) from error
-    judged = sorted(f"val/query_{name}" for name in ("loss", *learner.objective.metrics))
-    metric, _, step = config.evaluation.selection_metric.partition("_step_")
-    most = config.evaluation.num_eval_steps if learner.algorithm.descends else -1
-    if metric not in judged or (step and not (step.isdecimal() and int(step) <= most)):
-        also = f", each also with _step_0 to _step_{most} behind it" if learner.algorithm.descends else ""
-        raise ConfigError(
-            f"selection_metric={config.evaluation.selection_metric!r} is not among the metrics of this run: "
-            f"{', '.join(judged)}{also}."
-        )
-
-
-def _train_and_score_one(config: Config) -> build.Learner:
-    device, dtype = torch.device("cpu"), getattr(torch, config.outer.dtype)
-    tasks = build.task_distributions(config)
-    learner = build.learner(config, build.shapes(tasks["train"]), device)
-    one, other = (tree_to(tasks[split].sample([0]), device, dtype) for split in ("train", "val"))
-    with _quietly():
-        for step in sorted(
-            {0, getattr(config.algorithm_options, "first_order_steps", 0)}
-        ):  # where the gradient changes
-            chunk_sum(learner.algorithm, learner.meta_params, one, step, vectorize=learner.vectorize)
-        found = score(learner.algorithm, learner.objective, learner.meta_params, other, num_steps=1,
-                      inductive=config.evaluation.inductive, vectorize=learner.vectorize)  # fmt: skip
-    returned = sorted(name.removeprefix("query_") for name in found["transductive"] if name != "query_loss")
-    if returned != sorted(learner.objective.metrics):
-        raise ConfigError(
-            f"objective={config.objective!r} names the metrics {sorted(learner.objective.metrics)}, and its loss "
-            f"returns {returned}. Make the two agree."
-        )
-    return learner
-
-
-def _check_restorable(config: Config, meta_params: Tree) -> None:
-    folder = paths.checkpoints(paths.run_folder(config))
-    last = checkpoint.newest(folder)
-    if last is not None:
-        tensors, _ = checkpoint.load(checkpoint.path_of(folder, last))
-        load_named_state(init_outer(meta_params, config.outer), tensors)
-
-
-@contextmanager
-def _quietly() -> Iterator[None]:
-    """One thread, as in a worker, and no warning of what rank 0 will say again."""
-    logger, threads = logging.getLogger("distmaml"), torch.get_num_threads()
-    level = logger.level
-    torch.set_num_threads(1)
-    logger.setLevel(logging.ERROR)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
-        logger.setLevel(level)
-        warn_once.cache_clear()

@@ -13,7 +13,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from distmaml import build, experiment, findings, launch, loop, paths, preflight, report, space, workers
+from distmaml import build, experiment, findings, launch, loop, paths, preflight, rehearsal, report, space, workers
 from distmaml.config import Config, as_recipe, changes, is_repeated, override, to_json
 from distmaml.errors import ClusterError, DistmamlError, RunError, TrackingError
 from distmaml.files import write_text
@@ -81,7 +81,7 @@ def _tune(config: Config, options: Search, interrupt: Interrupt) -> Study:
         say(f"{name} was stopped on its way: it goes on.")
         config = override(config, {"resume": True})
     _check_folder(config, options, folder)
-    preflight.rehearse(replace(config, run=replace(config.run, resume=False)))
+    rehearsal.rehearse(replace(config, run=replace(config.run, resume=False)))
     tracking = experiment.open_tracking(config, resuming=folder if config.run.resume else None)
     if not tracking.reachable:
         raise TrackingError(

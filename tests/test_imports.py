@@ -42,7 +42,7 @@ LAYERS = [
     ["build", "mirror", "plans", "population", "rows", "searchers"],
     ["adapter", "evaluation", "pictures", "recorder", "table", "tracking"],
     ["loop", "ray_cluster", "supervisor"],
-    ["comparison", "findings", "launch", "preflight", "progress", "report", "search"],
+    ["comparison", "findings", "launch", "preflight", "progress", "rehearsal", "report", "search"],
     ["board", "experiment", "workers"],
     ["trial"],
     ["trials"],

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from distmaml import adapter, loop, paths, preflight
+from distmaml import adapter, loop, paths, rehearsal
 from distmaml.config import Config
 from distmaml.datasets import ensure_store
 from distmaml.episodes import Batch
@@ -101,7 +101,7 @@ def test_a_mistake_in_the_users_code_is_one_line_that_says_where(
     (tmp_path / "theirs.py").write_text(code)
     try:
         with pytest.raises(ConfigError, match=said):
-            preflight.rehearse(settings(tmp_path, package, **changes))
+            rehearsal.rehearse(settings(tmp_path, package, **changes))
     finally:
         sys.modules.pop("theirs", None)
 

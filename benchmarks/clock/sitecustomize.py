@@ -28,7 +28,8 @@ OF_THEIR_OWN = ("distmaml", "torch")
 
 CALLS = {
     "distmaml.cli": ("parse_recipe",),
-    "distmaml.preflight": ("rehearse", "check_output", "take_run", "check_new", "remove_false_start", "check_shared"),
+    "distmaml.preflight": ("check_output", "take_run", "check_new", "remove_false_start", "check_shared"),
+    "distmaml.rehearsal": ("rehearse",),
     "distmaml.datasets": ("ensure_store",),
     "distmaml.store": ("open_store", "ClassStore.verify"),
     "distmaml.tracking.database": ("open_tracking", "_create_database"),
