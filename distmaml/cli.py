@@ -4,14 +4,14 @@ import argparse
 import os
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import tyro
 
 from distmaml import paths
-from distmaml.config import Config, flatten, override, read
+from distmaml.config import Config, misplaced, override, read
 from distmaml.errors import ConfigError, DistmamlError, unknown
 from distmaml.interrupt import EXIT_STATUS
 from distmaml.options import OPTIONS
@@ -102,14 +102,11 @@ def _named(
 
 def _check_algorithm_options(config: Config, options: Sequence[str]) -> None:
     """Refuses an option of another algorithm, with those that this one has."""
-    named, _ = OPTIONS["algorithm"]
-    of_any = {entry.name for kind in named.values() for entry in fields(kind)}
-    known = flatten(config).keys()
     for word in options:
         name = word.partition("=")[0].removeprefix("--").removeprefix("no-").replace("-", "_")
-        if word.startswith("--") and name in of_any - known:
-            own = [f"--{entry.name.replace('_', '-')}" for entry in fields(config.algorithm_options)]
-            raise ConfigError(f"{word} is no option of {config.algorithm}, which has {', '.join(own) or 'none'}.")
+        said = misplaced(config, name, lambda field: f"--{field.replace('_', '-')}")
+        if word.startswith("--") and said:
+            raise ConfigError(said)
 
 
 def _parse(kind: type, default: Any, options: Sequence[str], prog: str, recipe: str) -> Any:

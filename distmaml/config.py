@@ -13,7 +13,7 @@ import json
 import reprlib
 import types
 import typing
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -211,7 +211,8 @@ def override(config: Config, values: Mapping[str, Any]) -> Config:
     """The configuration with some fields replaced, by flat names.
 
     A new algorithm, model or task name brings its own options. Those that a model or tasks share by name with the old
-    ones keep their values; those of an algorithm, where it has the same options as the old one.
+    ones keep their values; those of an algorithm, where it has the same options as the old one. One with other options
+    is validated and tested after as many inner steps as it trains with, if they are more than before.
 
     Raises:
       ConfigError: a field or a table's name that does not exist.
@@ -223,7 +224,8 @@ def override(config: Config, values: Mapping[str, Any]) -> Config:
             config = _select(config, selector, name, table, custom)
     missing = values.keys() - flatten(config).keys()
     if missing:
-        raise ConfigError(unknown("option", min(missing), flatten(config)))
+        name = min(missing)
+        raise ConfigError(misplaced(config, name) or unknown("option", name, flatten(config)))
     replaced: Config = _replace(config, values)
     return replaced
 
@@ -237,8 +239,26 @@ def _select(config: Config, selector: str, name: str, table: dict[str, type], cu
     # A rate of one algorithm means nothing to another that does not have the same options: iMAML's, Reptile's, CAVIA's.
     shares = selector != "algorithm" or type(old) is kind
     shared = {f.name: getattr(old, f.name) for f in dataclasses.fields(kind) if shares and hasattr(old, f.name)}
-    changes: dict[str, Any] = {selector: name, group: kind(**shared)}
+    options = kind(**shared)
+    changes: dict[str, Any] = {selector: name, group: options}
+    if not shares:  # the model after fewer inner steps than it trains with is none that it was trained for
+        most = max(config.evaluation.num_eval_steps, getattr(options, "num_inner_steps", 0))
+        changes["evaluation"] = dataclasses.replace(config.evaluation, num_eval_steps=most)
     return dataclasses.replace(config, **changes)
+
+
+def misplaced(config: Config, name: str, spelled: Callable[[str], str] = str) -> str | None:
+    """What to say of another algorithm's option, with those that this one has; None for any other name.
+
+    Args:
+      spelled: how the user writes a field.
+    """
+    table, _ = OPTIONS["algorithm"]
+    of_any = {entry.name for kind in table.values() for entry in dataclasses.fields(kind)}
+    if name not in of_any - flatten(config).keys():
+        return None
+    own = ", ".join(spelled(entry.name) for entry in dataclasses.fields(config.algorithm_options))
+    return f"{spelled(name)} is no option of {config.algorithm}, which has {own or 'none'}."
 
 
 def _replace(config: Any, values: Mapping[str, Any]) -> Any:
@@ -289,7 +309,7 @@ def parse_field(config: Config, name: str, text: str) -> Any:
     """
     hints = _hints(config)
     if name not in hints:
-        raise ConfigError(unknown("option", name, hints))
+        raise ConfigError(misplaced(config, name) or unknown("option", name, hints))
     try:
         value = None if text == "none" and type(None) in typing.get_args(hints[name]) else json.loads(text)
     except (ValueError, RecursionError):

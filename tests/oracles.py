@@ -7,6 +7,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
@@ -76,6 +77,21 @@ def central_difference(function: Callable[[Params], Tensor], theta: Params, dire
     ahead = function({name: p + step * direction[name] for name, p in theta.items()})
     behind = function({name: p - step * direction[name] for name, p in theta.items()})
     return float((ahead - behind).detach() / (2 * step))
+
+
+def check_slope(grads: Any, meta: Any, loss: Callable[[Any], Tensor]) -> None:
+    """The gradient is the slope of a loss along a random direction, by differences."""
+    torch.manual_seed(3)
+    along = tree_map(torch.randn_like, meta)
+    slope = sum(float((g * way).sum()) for g, way in zip(tree_leaves(grads), tree_leaves(along), strict=True))
+
+    def at(place: Params) -> Tensor:
+        return loss(tree_map(lambda leaf, way: leaf + place["distance"] * way, meta, along))
+
+    start, way = ({"distance": torch.tensor(x, dtype=torch.float64)} for x in (0.0, 1.0))
+    # Richardson's extrapolation of two central differences: the error is of fourth order in the step.
+    coarse, fine = (central_difference(at, start, way, h) for h in (1e-3, 5e-4))
+    assert (4 * fine - coarse) / 3 == pytest.approx(slope, rel=1e-6)
 
 
 def each(tasks: Episode) -> Sequence[Episode]:

@@ -277,30 +277,14 @@ def test_maml_plus_plus_is_exact_without_batch_norms_long_after_the_annealing(ve
         check_maml_plus_plus("mlp", {"multi_step_loss": True, "learned_rates": True}, step, vectorize=vectorize)
 
 
-def check_slope(grads: Any, meta: Any, loss: Callable[[Any], Tensor]) -> None:
-    """The gradient is the slope of a loss along a random direction, by differences."""
-    torch.manual_seed(3)
-    along = tree_map(torch.randn_like, meta)
-    slope = sum(float((g * way).sum()) for g, way in zip(tree_leaves(grads), tree_leaves(along), strict=True))
-
-    def at(place: Params) -> Tensor:
-        return loss(tree_map(lambda leaf, way: leaf + place["distance"] * way, meta, along))
-
-    start, way = ({"distance": torch.tensor(x, dtype=torch.float64)} for x in (0.0, 1.0))
-    # Richardson's extrapolation of two central differences: the error is of fourth order in the step.
-    coarse, fine = (oracles.central_difference(at, start, way, h) for h in (1e-3, 5e-4))
-    assert (4 * fine - coarse) / 3 == pytest.approx(slope, rel=1e-6)
-
-
 EXACT = [name for name in PAPERS if name not in ("fomaml", "meta_lstm", "fine_tuning")]
 
 
-@pytest.mark.parametrize("name", ["mlp", "batch norm"])
 @pytest.mark.parametrize("paper", EXACT)
-def test_the_gradient_is_the_slope_of_the_loss_after_adaptation(paper: str, name: str) -> None:
-    """By differences of what `adapt` and `predict` say, so that no autograd could hide a first-order gradient."""
-    of = setup(name, num_tasks=2)
-    algorithm, _ = PAPERS[paper](of, name)
+def test_the_gradient_is_the_slope_of_the_loss_after_adaptation_with_batch_norm(paper: str) -> None:
+    """Without it: test_tables.py."""
+    of = setup("batch norm", num_tasks=2)
+    algorithm, _ = PAPERS[paper](of, "batch norm")
 
     def loss(meta: Any) -> Tensor:
         losses = []
@@ -310,7 +294,7 @@ def test_the_gradient_is_the_slope_of_the_loss_after_adaptation(paper: str, name
         return torch.stack(losses).mean()
 
     meta = begun(algorithm, of.theta)
-    check_slope(mean_gradient(algorithm, meta, of.tasks, vectorize=True), meta, loss)
+    oracles.check_slope(mean_gradient(algorithm, meta, of.tasks, vectorize=True), meta, loss)
 
 
 @pytest.mark.parametrize("name", ["mlp", "batch norm"])
@@ -327,7 +311,7 @@ def test_the_gradient_of_maml_plus_plus_is_the_slope_of_the_weighted_losses(name
         return total
 
     meta = begun(algorithm, of.theta)
-    check_slope(mean_gradient(algorithm, meta, of.tasks, step=4, vectorize=True), meta, loss)
+    oracles.check_slope(mean_gradient(algorithm, meta, of.tasks, step=4, vectorize=True), meta, loss)
 
 
 @pytest.mark.parametrize("paper", [*EXACT, "fine_tuning", "maml_plus_plus"])
@@ -341,7 +325,7 @@ def test_random_masks_are_the_same_wherever_a_pass_is_done_again(paper: str) -> 
     meta = begun(algorithm, of.theta)
     assert logged_loss(algorithm, of.tasks, meta) != logged_loss(algorithm, of.tasks._replace(key=None), meta)
     grads = mean_gradient(algorithm, meta, of.tasks, vectorize=False)
-    check_slope(grads, meta, partial(logged_loss, algorithm, of.tasks))
+    oracles.check_slope(grads, meta, partial(logged_loss, algorithm, of.tasks))
 
 
 def logged_loss(algorithm: Algorithm, tasks: Episode, meta: Any) -> Tensor:
@@ -545,28 +529,51 @@ def textbook(product: Callable[[Tensor], Tensor], target: Tensor, num_steps: int
     return x
 
 
+def by_newton(of: Setup, task: Episode, weight: float, steps: int, num_cg_steps: int) -> Params:
+    """Hessian-free steps on the inner problem, each as far as Armijo's rule lets it: the longest of five lengths."""
+    value, phi = inner_problem(of, task, weight), of.theta
+    for _ in range(steps):
+        here = {name: p.clone().requires_grad_() for name, p in phi.items()}
+        grads = oracles.flat(oracles.slope(value(here), here, detach=True))
+        along = textbook(oracles.hessian(value, here), grads, num_cg_steps)
+        for length in (1, 1 / 2, 1 / 4, 1 / 8, 1 / 16, 0):
+            there = oracles.unflat(phi, oracles.flat(phi) - length * along)
+            if value(there) <= value(phi) - 1e-4 * length * (grads @ along):
+                break
+        phi = there
+    return {name: p.detach().requires_grad_() for name, p in phi.items()}
+
+
 @engines
 @pytest.mark.parametrize(
-    ("name", "weight", "damping", "num_cg_steps"),
+    ("name", "weight", "damping", "num_cg_steps", "solver"),
     [
-        ("mlp", 2.0, 0.0, 3),
-        ("mlp", 0.5, 3.0, 3),
-        ("batch norm", 8.0, 0.0, 4),
-        ("conv4", 9.0, 0.0, 4),
-        ("conv4", 2.0, 22.0, 4),
+        ("mlp", 2.0, 0.0, 3, "gradient"),
+        ("mlp", 0.5, 3.0, 3, "gradient"),
+        ("batch norm", 8.0, 0.0, 4, "gradient"),
+        ("conv4", 9.0, 0.0, 4, "gradient"),
+        ("conv4", 2.0, 22.0, 4, "gradient"),
+        ("mlp", 0.5, 3.0, 3, "hessian_free"),  # of whose lengths one is a half
+        ("conv4", 250.0, 0.0, 3, "hessian_free"),
+        ("conv4", 200.0, 22.0, 3, "hessian_free"),
     ],
 )
 def test_imaml_is_conjugate_gradients_on_the_hessian_at_the_end_of_the_inner_loop(
-    name: str, weight: float, damping: float, num_cg_steps: int, vectorize: bool
+    name: str, weight: float, damping: float, num_cg_steps: int, solver: Any, vectorize: bool
 ) -> None:
     of = setup(name, num_tasks=2)
     expected = torch.zeros(sum(p.numel() for p in of.theta.values()), dtype=torch.float64)
     for task in oracles.each(of.tasks):
-        phi = proximal(of, task, weight, STEPS)
+        if solver == "gradient":
+            phi = proximal(of, task, weight, STEPS)
+        else:
+            phi = by_newton(of, task, weight, STEPS, num_cg_steps)
         curvature = oracles.hessian(partial(oracles.loss_of, of.model, batch=task.support), phi)
         target = oracles.flat(oracles.slope(oracles.loss_of(of.model, phi, task.query), phi, detach=True))
         expected += textbook(lambda v, h=curvature: v + h(v) / (weight + damping), target, num_cg_steps) / 2  # type: ignore[misc]
-    options: Any = {"regularization": weight, "num_cg_steps": num_cg_steps, "cg_damping": damping}
+    options: Any = {
+        "regularization": weight, "num_cg_steps": num_cg_steps, "cg_damping": damping, "solver": solver,
+    }  # fmt: skip
     algorithm = imaml(of.target, **INNER, **options)
     found = mean_gradient(algorithm, of.theta, of.tasks, vectorize=vectorize)
     errors = oracles.leaf_errors(found, oracles.unflat(of.theta, expected))
@@ -1036,6 +1043,29 @@ def _mlp(make: Callable[..., Algorithm], **options: Any) -> Callable[[], object]
     return lambda: make(setup("mlp").target, **{**INNER, **options})
 
 
+def _two_layers() -> nn.Module:
+    return nn.Sequential(nn.Linear(3, 8), nn.Linear(8, WAYS))
+
+
+class _Idle(nn.Module):
+    """A model that has a layer and reads its weights alone."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.idle = nn.Linear(3, WAYS)
+        self.used = nn.Linear(3, WAYS)
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        outputs: Tensor = self.used(inputs) + self.idle.bias
+        return outputs
+
+
+def _adapt_to_mlp_tasks(module: nn.Module, make: Callable[[Objective], Algorithm], tasks: Episode) -> object:
+    algorithm = make(classification(module.double()))
+    meta = algorithm.init(initial_params(module), torch.Generator().manual_seed(0))
+    return algorithm.adapt(meta, tree_index(tasks, 0).support)
+
+
 REFUSED: dict[str, tuple[Callable[[], object], str]] = {
     "no regularization": (_mlp(imaml, regularization=0.0), r"regularization=0.0 must be greater than 0.*take maml"),
     "negative regularization": (_mlp(imaml, regularization=-1.0), r"regularization=-1.0 must be greater than 0"),
@@ -1086,6 +1116,28 @@ REFUSED: dict[str, tuple[Callable[[], object], str]] = {
     ),
     "no context": (_mlp(cavia, num_context=0), r"num_context=0 must be 1 or more"),
     "no such modulation": (_mlp(cavia, modulation="film"), r"modulation='film' must be one of shift, scale_shift"),
+    "a layer that is never called": (
+        lambda: _adapt_to_mlp_tasks(
+            _Idle(), lambda target: cavia(target, **INNER, modulated_layer="idle"), setup("mlp").tasks
+        ),
+        r"modulated_layer='idle' is never called by the model.* Name another one: used",
+    ),
+    "a head that matches no parameter": (
+        lambda: anil(classification(setup("mlp").model, head="classifier"), **INNER),
+        r"head='classifier' names no submodule with parameters; there are 0, 1, 2\.",
+    ),
+    "a model that is one layer": (
+        lambda: classification(nn.Linear(3, 4)),
+        r"Linear has no submodule that could be its head. Wrap it: nn.Sequential",
+    ),
+    "a model without parameters": (lambda: classification(nn.Tanh()), r"Tanh has no parameters"),
+    "labels that are no whole numbers": (
+        lambda: setup("mlp").target.loss(torch.zeros(2, 4), torch.zeros(2)), r"wants whole numbers .* take regression"
+    ),
+    "values for labels": (
+        lambda: _adapt_to_mlp_tasks(_two_layers(), prototypical_networks, make("linear")[1]),
+        r"are of classes, and these tasks have values for targets; take maml",
+    ),
     "no classes": (_mlp(fine_tuning, num_classes=None), r"these tasks have no classes. Take tasks with classes"),
     "no class": (_mlp(fine_tuning, num_classes=0), r"num_classes=0 must be 1 or more"),
     "a rate of the body that leads up": (
@@ -1100,6 +1152,15 @@ REFUSED: dict[str, tuple[Callable[[], object], str]] = {
         lambda: meta_lstm(setup("mlp").target, num_inner_steps=1, hidden_size=0), r"hidden_size=0 must be 1 or more"
     ),
 }  # fmt: skip
+
+
+def test_a_head_is_any_layer_that_the_model_ends_in() -> None:
+    model = nn.Sequential(nn.Linear(3, 8), nn.Sequential(nn.Tanh(), nn.Linear(8, 8), nn.Linear(8, WAYS))).double()
+    theta, task = initial_params(model), tree_index(setup("mlp").tasks, 0)
+    adapted = anil(classification(model, head="1.2"), **INNER).adapt(theta, task.support)[-1]
+    assert {name for name in theta if not torch.equal(adapted.get(name, theta[name]), theta[name])} == {
+        "1.2.weight", "1.2.bias",
+    }  # fmt: skip
 
 
 @pytest.mark.parametrize("case", REFUSED)

@@ -149,6 +149,30 @@ def test_an_unknown_name_of_a_table_gets_the_nearest(selector: str, wrong: str, 
         check(dataclasses.replace(Config(), **cast(Any, {selector: wrong})))
 
 
+def test_an_option_of_another_algorithm_names_those_of_this_one() -> None:
+    expected = "regularization is no option of maml, which has inner_lr, num_inner_steps"
+    with pytest.raises(ConfigError, match=expected):
+        override(Config(), {"regularization": 1.0})
+    with pytest.raises(ConfigError, match=expected):
+        module.parse_field(Config(), "regularization", "1")
+
+
+@pytest.mark.parametrize(
+    ("name", "given", "num_eval_steps"),
+    [
+        ("maml_plus_plus", {}, 5),
+        ("maml_plus_plus", {"num_eval_steps": 2}, 2),
+        ("anil", {}, 3),
+        ("matching_networks", {}, 3),
+        ("a.b:c", {}, 3),
+    ],
+)
+def test_another_algorithm_is_tested_after_as_many_steps_as_it_trains_with(
+    name: str, given: dict[str, int], num_eval_steps: int
+) -> None:
+    assert override(Config(), {"algorithm": name, **given}).evaluation.num_eval_steps == num_eval_steps
+
+
 def test_another_algorithm_or_task_keeps_the_values_that_both_know() -> None:
     config = override(Config(), {"inner_lr": 0.3, "num_inner_steps": 2, "num_shots": 4, "num_queries": 7})
     changed = override(config, {"algorithm": "anil", "tasks": "sinusoid", "num_eval_queries": 9})

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from distmaml import build, published, recipes, space
+from distmaml import build, published, recipes, rehearsal, space
 from distmaml.algorithms import ALGORITHMS
 from distmaml.config import Config, flatten, override
 from distmaml.episodes import Batch, Episode, task_keys
@@ -22,6 +22,7 @@ from distmaml.published import PUBLISHED
 from distmaml.recipes import RECIPES, default_space
 from distmaml.tasks.sinusoid import SinusoidTasks
 from distmaml.trees import tree_leaves, tree_names, tree_to
+from tests.datasets.test_image_folder import flat
 
 SHORT = {"omniglot-maml-5w1s": 6000, "omniglot-maml-5w5s": 11_000}
 """Recipes that are made for two cores and an hour, and say so; all others are as long as their protocol."""
@@ -160,7 +161,7 @@ def test_a_rate_of_a_loss_summed_over_ways_is_as_many_times_larger_on_the_mean(
 ) -> None:
     flat = flatten(RECIPES[name]())
     assert flat["num_ways"] == num_ways
-    assert math.isclose(num_ways * summed, on_the_mean)
+    assert math.isclose(recipes.shared.on_the_mean(summed, num_ways), on_the_mean)
     assert math.isclose(flat["inner_lr"], on_the_mean)
 
 
@@ -268,10 +269,27 @@ def test_a_recipe_builds_its_learner_and_its_meta_gradient_is_finite(name: str) 
     assert all(math.isfinite(float(metric)) for metric in metrics.values())
 
 
+@pytest.fixture(scope="module")
+def mini_imagenet(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder in the form of mini-ImageNet's, of grey pictures."""
+    splits = {split: [f"n{split}{number}" for number in range(5)] for split in ("train", "val", "test")}
+    folder = tmp_path_factory.mktemp("mini") / "data"
+    folder.mkdir()
+    return flat(folder, splits, count=20)
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [name for name in PUBLISHED if name.startswith("mini-imagenet")])
-def test_a_recipe_of_large_pictures_builds_its_learner(name: str) -> None:
-    learner = learner_of(RECIPES[name]())
+def test_a_recipe_of_large_pictures_reads_a_users_files_and_computes_a_step(name: str, mini_imagenet: Path) -> None:
+    learner = learner_of(RECIPES[name]())  # with all of its widths
     assert all(bool(leaf.isfinite().all()) for leaf in tree_leaves(learner.meta_params))
+    config = override(narrow(RECIPES[name]()), {"data_dir": mini_imagenet, "output_dir": mini_imagenet.parent / "out"})
+    rehearsal.rehearse(config)
+    tasks = build.task_distributions(config)
+    for split in ("train", "val", "test"):
+        support, query, *_ = tasks[split].sample([0])
+        assert support.inputs.shape[1:] == (5 * flatten(config)["num_shots"], 3, 84, 84)
+        assert 0 <= float(query.inputs.min()) < float(query.inputs.max()) <= 1
 
 
 # ----------------------------------------------------------------------------------------- how it is searched

@@ -265,6 +265,11 @@ def untrained(monkeypatch: pytest.MonkeyPatch) -> None:
             {"changes": ("num_filters=8",)},
             "for sinusoid-maml-5s: unknown field .*Known: address, check",
         ),
+        (
+            [WAVES],
+            {"changes": ("regularization=1",)},
+            "for sinusoid-maml-5s: regularization is no option of maml, which has inner_lr, num_inner_steps",
+        ),
         ([WAVES], {"changes": ("meta_batch_size=0",)}, "--set meta_batch_size=0 must be 1 or more"),
         ([WAVES], {"tasks": 10**400}, r"--tasks .* must be 1 or more, and 1e\+12 or less"),
         ([WAVES], {"changes": (f"inner_lr={'[' * 20_000}",)}, r"inner_lr='\[\[.* must be a number"),

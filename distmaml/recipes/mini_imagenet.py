@@ -157,7 +157,8 @@ def mini_imagenet_maml_plus_plus_5w1s() -> Config:
     As the authors' configuration: 48 filters, 2 tasks, 5 inner steps by learned rates that begin as 0.01 (their loss is
     the mean), 15 query images in training and test, Adam at a constant 1e-3 (the paper speaks of a cosine), 50,000
     steps (100 epochs of 500), weights of the losses annealed over 15 epochs. Otherwise: pictures are not normalised by
-    the statistics of ImageNet; theirs is an ensemble of 5 models, ours is one; their network has leaky ReLUs. Data as
+    the statistics of ImageNet; theirs is an ensemble of 5 models, ours is one; their network has leaky ReLUs;
+    statistics for each step, which their code gathers but does not normalise by, are left off. Data as
     `mini_imagenet_maml_5w1s`.
     """
     return _mini_imagenet_maml_plus_plus(1)

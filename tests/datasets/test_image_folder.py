@@ -26,13 +26,13 @@ def folders(data_dir: Path, names: Iterable[str], count: int = 3) -> Path:
     return data_dir
 
 
-def flat(data_dir: Path, splits: dict[str, list[str]]) -> Path:
+def flat(data_dir: Path, splits: dict[str, list[str]], count: int = 2) -> Path:
     """The form of mini-ImageNet: all pictures in images/, a table filename,label for each split."""
     for split, labels in splits.items():
-        rows = [f"{label}{index:08d}.jpg,{label}" for label in labels for index in range(2)]
+        rows = [f"{label}{index:08d}.jpg,{label}" for label in labels for index in range(count)]
         (data_dir / f"{split}.csv").write_text("\n".join(["filename,label", *rows, ""]))
-        for row in rows:
-            picture(data_dir / "images" / row.split(",")[0], 100)
+        for number, row in enumerate(rows):
+            picture(data_dir / "images" / row.split(",")[0], 100 + number)
     return data_dir
 
 
