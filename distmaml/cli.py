@@ -106,7 +106,7 @@ def _check_algorithm_options(config: Config, options: Sequence[str]) -> None:
         name = word.partition("=")[0].removeprefix("--").removeprefix("no-").replace("-", "_")
         said = misplaced(config, name, lambda field: f"--{field.replace('_', '-')}")
         if word.startswith("--") and said:
-            raise ConfigError(said)
+            raise ConfigError(f"{word} {said}")
 
 
 def _parse(kind: type, default: Any, options: Sequence[str], prog: str, recipe: str) -> Any:

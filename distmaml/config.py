@@ -13,7 +13,7 @@ import json
 import reprlib
 import types
 import typing
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -211,8 +211,7 @@ def override(config: Config, values: Mapping[str, Any]) -> Config:
     """The configuration with some fields replaced, by flat names.
 
     A new algorithm, model or task name brings its own options. Those that a model or tasks share by name with the old
-    ones keep their values; those of an algorithm, where it has the same options as the old one. One with other options
-    is validated and tested after as many inner steps as it trains with, if they are more than before.
+    ones keep their values; those of an algorithm, where it has the same options as the old one.
 
     Raises:
       ConfigError: a field or a table's name that does not exist.
@@ -224,8 +223,7 @@ def override(config: Config, values: Mapping[str, Any]) -> Config:
             config = _select(config, selector, name, table, custom)
     missing = values.keys() - flatten(config).keys()
     if missing:
-        name = min(missing)
-        raise ConfigError(misplaced(config, name) or unknown("option", name, flatten(config)))
+        raise ConfigError(no_field(config, min(missing)))
     replaced: Config = _replace(config, values)
     return replaced
 
@@ -239,16 +237,12 @@ def _select(config: Config, selector: str, name: str, table: dict[str, type], cu
     # A rate of one algorithm means nothing to another that does not have the same options: iMAML's, Reptile's, CAVIA's.
     shares = selector != "algorithm" or type(old) is kind
     shared = {f.name: getattr(old, f.name) for f in dataclasses.fields(kind) if shares and hasattr(old, f.name)}
-    options = kind(**shared)
-    changes: dict[str, Any] = {selector: name, group: options}
-    if not shares:  # the model after fewer inner steps than it trains with is none that it was trained for
-        most = max(config.evaluation.num_eval_steps, getattr(options, "num_inner_steps", 0))
-        changes["evaluation"] = dataclasses.replace(config.evaluation, num_eval_steps=most)
+    changes: dict[str, Any] = {selector: name, group: kind(**shared)}
     return dataclasses.replace(config, **changes)
 
 
 def misplaced(config: Config, name: str, spelled: Callable[[str], str] = str) -> str | None:
-    """What to say of another algorithm's option, with those that this one has; None for any other name.
+    """What to say behind the name of another algorithm's option, with those that this one has; None for any other name.
 
     Args:
       spelled: how the user writes a field.
@@ -258,7 +252,18 @@ def misplaced(config: Config, name: str, spelled: Callable[[str], str] = str) ->
     if name not in of_any - flatten(config).keys():
         return None
     own = ", ".join(spelled(entry.name) for entry in dataclasses.fields(config.algorithm_options))
-    return f"{spelled(name)} is no option of {config.algorithm}, which has {own or 'none'}."
+    return f"is no option of {config.algorithm}, which has {own or 'none'}."
+
+
+def no_field(config: Config, name: str, kind: str = "option", known: Iterable[str] | None = None) -> str:
+    """What to say of a name that no field of the configuration has: another algorithm's, or the nearest one.
+
+    Args:
+      kind: what a field is called.
+      known: names that can be given; all by default.
+    """
+    said = misplaced(config, name)
+    return f"{name} {said}" if said else unknown(kind, name, flatten(config) if known is None else known)
 
 
 def _replace(config: Any, values: Mapping[str, Any]) -> Any:
@@ -297,7 +302,7 @@ def from_json(values: Mapping[str, Any]) -> Config:
     hints = _hints(config)
     for name in values:
         if name not in hints:
-            raise ConfigError(unknown("option", name[:60], hints))
+            raise ConfigError(no_field(config, name[:60]))
     return override(config, {name: typed(name, value, hints[name]) for name, value in values.items()})
 
 
@@ -309,7 +314,7 @@ def parse_field(config: Config, name: str, text: str) -> Any:
     """
     hints = _hints(config)
     if name not in hints:
-        raise ConfigError(misplaced(config, name) or unknown("option", name, hints))
+        raise ConfigError(no_field(config, name))
     try:
         value = None if text == "none" and type(None) in typing.get_args(hints[name]) else json.loads(text)
     except (ValueError, RecursionError):

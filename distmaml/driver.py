@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from distmaml import build, checkpoint, experiment, loop, mirror, paths, preflight, rehearsal, report, workers
-from distmaml.config import Config, override, to_json
+from distmaml.config import Config, flatten, override, to_json
 from distmaml.episodes import num_chunks
 from distmaml.errors import ClusterError, ConfigError, RunError
 from distmaml.files import write_text
@@ -87,6 +87,7 @@ def _train(config: Config, interrupt: Interrupt) -> Outcome:
         with workers.cluster(config) as resources:
             workers.check_precision(config, resources)
             _tell_of_idle_workers(config)
+            _tell_of_few_steps(config)
             least, most = config.cluster.team
             team = workers.count(most, "worker") if least == most else f"{least} to {most} workers"
             say(f"{team} on {workers.described(resources)}; the run lies in {storage.shown or folder}")
@@ -127,6 +128,15 @@ def _tell_of_idle_workers(config: Config) -> None:
             f"{config.cluster.num_workers} workers, but a step has {workers.count(chunks, 'chunk')} of "
             f"{workers.count(config.outer.reduction_chunk, 'task')}: the others have nothing to do. A smaller "
             "--reduction-chunk makes more."
+        )
+
+
+def _tell_of_few_steps(config: Config) -> None:
+    trained, tested = flatten(config).get("num_inner_steps", 0), config.evaluation.num_eval_steps
+    if tested < trained:
+        say(
+            f"{config.algorithm} trains by {trained} inner steps, and is validated and tested after {tested}; "
+            f"--num-eval-steps {trained} tests what it trains for."
         )
 
 

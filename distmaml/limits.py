@@ -20,7 +20,7 @@ MOST_INNER_STEPS = 10_000
 POSITIVE_RATES = {
     "inner_lr", "outer_lr", "clip_norm", "gpus_per_worker", "collective_timeout", "node_timeout", "regularization",
 }  # fmt: skip
-WAYS_OUT = {"regularization": " iMAML divides by it; to hold the inner loop back by nothing, take --algorithm maml."}
+NO_PULL = " iMAML divides by it; to hold its inner loop back by nothing, take --algorithm maml."
 
 
 def check(config: Config) -> None:
@@ -38,7 +38,8 @@ def check(config: Config) -> None:
         if name in NOT_NEGATIVE and not (value >= 0 and math.isfinite(value)):
             raise ConfigError(f"{name}={value} must be 0 or more.")
         if name in POSITIVE_RATES and not (value > 0 and math.isfinite(value)):
-            raise ConfigError(f"{name}={value} must be greater than 0 and finite.{WAYS_OUT.get(name, '')}")
+            way_out = NO_PULL if name == "regularization" and value <= 0 else ""
+            raise ConfigError(f"{name}={value} must be greater than 0 and finite.{way_out}")
     num_workers = str(config.cluster.num_workers)
     valid = re.fullmatch(r"\d{1,9}(:\d{1,9})?", num_workers)
     if not valid or not 1 <= config.cluster.team[0] <= config.cluster.team[1]:

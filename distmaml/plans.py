@@ -14,7 +14,7 @@ from typing import Annotated, Any, NamedTuple
 
 import tyro
 
-from distmaml.config import Config, as_recipe, flatten, misplaced, override, parse_field, to_json
+from distmaml.config import Config, as_recipe, flatten, no_field, override, parse_field, to_json
 from distmaml.errors import ConfigError, unknown
 from distmaml.published import PUBLISHED
 from distmaml.recipes import RECIPES
@@ -153,7 +153,7 @@ def _changed(config: Config, texts: Sequence[str]) -> tuple[Config, dict[str, An
             raise ConfigError(f"--set {text} is not possible: {field} follows from {DECIDED[field]}.")
         known = flatten(config).keys()
         if field not in known:
-            said = misplaced(config, field) or unknown("field", field, known - DECIDED.keys())
+            said = no_field(config, field, "field", known - DECIDED.keys())
             raise ConfigError(f"--set {text} for {config.recipe}: {said}")
         try:
             config = override(config, {field: parse_field(config, field, value)})

@@ -1,4 +1,4 @@
-"""Everything about a training run that can be known to be wrong before a cluster is started."""
+"""What can be known to be wrong with a training run before a cluster is started, without computing anything."""
 
 import json
 import os

@@ -1,4 +1,7 @@
-"""One task's gradient and score in the command's own process, so that a mistake shows before any cluster work."""
+"""The rehearsal of a run: one task in the command's own process, before any cluster work.
+
+Nothing of workers, MLflow or files but the data and the checkpoint that a run goes on from; preflight.py has the rest.
+"""
 
 import logging
 from collections.abc import Iterator

@@ -213,7 +213,7 @@ def test_a_search_goes_on_as_it_was_begun(tmp_path: Path) -> None:
             "--algorithm anil --regularization 1",
             "--regularization is no option of anil, which has --inner-lr, --num-inner",
         ),
-        ("--no-learned-rates", "--learned-rates is no option of maml, which has --inner-lr, --num-inner-steps"),
+        ("--no-learned-rates", "--no-learned-rates is no option of maml, which has --inner-lr, --num-inner-steps"),
         ("--algorithm matching_networks --inner-lr=1", "is no option of matching_networks, which has none"),
     ],
 )

@@ -155,22 +155,8 @@ def test_an_option_of_another_algorithm_names_those_of_this_one() -> None:
         override(Config(), {"regularization": 1.0})
     with pytest.raises(ConfigError, match=expected):
         module.parse_field(Config(), "regularization", "1")
-
-
-@pytest.mark.parametrize(
-    ("name", "given", "num_eval_steps"),
-    [
-        ("maml_plus_plus", {}, 5),
-        ("maml_plus_plus", {"num_eval_steps": 2}, 2),
-        ("anil", {}, 3),
-        ("matching_networks", {}, 3),
-        ("a.b:c", {}, 3),
-    ],
-)
-def test_another_algorithm_is_tested_after_as_many_steps_as_it_trains_with(
-    name: str, given: dict[str, int], num_eval_steps: int
-) -> None:
-    assert override(Config(), {"algorithm": name, **given}).evaluation.num_eval_steps == num_eval_steps
+    with pytest.raises(ConfigError, match=expected):
+        from_json({"algorithm": "maml", "regularization": 1.0})
 
 
 def test_another_algorithm_or_task_keeps_the_values_that_both_know() -> None:
@@ -247,6 +233,14 @@ RATES = ["inner_lr", "outer_lr", "clip_norm", "gpus_per_worker", "collective_tim
 def test_a_rate_that_is_not_positive_and_finite_is_refused(name: str, value: float) -> None:
     with pytest.raises(ConfigError, match=f"{name}={value} must be greater than 0 and finite"):
         check(override(Config(), {name: value}))
+
+
+@pytest.mark.parametrize("value", [0.0, -1.0])
+def test_imaml_without_a_pull_is_sent_to_maml(value: float) -> None:
+    with pytest.raises(ConfigError, match=r"regularization=.* and finite\. iMAML divides by it; .* --algorithm maml\."):
+        check(override(Config(), {"algorithm": "imaml", "regularization": value}))
+    with pytest.raises(ConfigError, match=r"regularization=inf must be greater than 0 and finite\.$"):
+        check(override(Config(), {"algorithm": "imaml", "regularization": math.inf}))
 
 
 @pytest.mark.parametrize(

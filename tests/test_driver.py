@@ -218,6 +218,16 @@ def test_workers_without_work_are_told_of(output_dir: Path, capsys: pytest.Captu
 
 
 @pytest.mark.usefixtures("locally")
+@pytest.mark.parametrize(("tested", "is_told"), [(2, True), (3, False)])
+def test_a_test_of_fewer_steps_than_the_training_is_told_of(
+    tested: int, is_told: bool, output_dir: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    driver.train(sinusoid(output_dir, num_inner_steps=3, num_eval_steps=tested))
+    said = "maml trains by 3 inner steps, and is validated and tested after 2; --num-eval-steps 3 tests"
+    assert (said in capsys.readouterr().err) == is_told
+
+
+@pytest.mark.usefixtures("locally")
 def test_a_finished_run_is_neither_repeated_nor_silently_continued(output_dir: Path) -> None:
     config = sinusoid(output_dir)
     driver.train(config)

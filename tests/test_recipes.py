@@ -22,7 +22,7 @@ from distmaml.published import PUBLISHED
 from distmaml.recipes import RECIPES, default_space
 from distmaml.tasks.sinusoid import SinusoidTasks
 from distmaml.trees import tree_leaves, tree_names, tree_to
-from tests.datasets.test_image_folder import flat
+from tests.datasets import test_image_folder
 
 SHORT = {"omniglot-maml-5w1s": 6000, "omniglot-maml-5w5s": 11_000}
 """Recipes that are made for two cores and an hour, and say so; all others are as long as their protocol."""
@@ -149,7 +149,10 @@ def test_every_field_of_a_row_has_a_docstring_under_it() -> None:
     ("name", "summed", "num_ways", "on_the_mean"),
     [
         ("omniglot-maml-5w1s-paper", 0.4, 5, 2.0),
+        ("omniglot-maml-5w5s-paper", 0.4, 5, 2.0),
         ("omniglot-maml-20w1s", 0.1, 20, 2.0),
+        ("omniglot-anil-20w1s", 0.1, 20, 2.0),
+        ("omniglot-anil-20w5s", 0.1, 20, 2.0),
         ("omniglot-maml-20w5s", 0.1, 20, 2.0),
         ("mini-imagenet-maml-5w1s", 0.01, 5, 0.05),
         ("mini-imagenet-maml-5w5s", 0.01, 5, 0.05),
@@ -187,6 +190,10 @@ def test_the_papers_own_maml_differs_from_ours_in_what_it_says_alone() -> None:
     }  # fmt: skip
     assert {name: paper[name] for name in ("num_filters", "downsample", "outer_lr", "optimizer", "num_eval_steps")} == {
         "num_filters": 64, "downsample": "stride", "outer_lr": 1e-3, "optimizer": "adam", "num_eval_steps": 3,
+    }  # fmt: skip
+    five = flatten(RECIPES["omniglot-maml-5w5s-paper"]())
+    assert {name: five[name] for name in five if five[name] != paper[name]} == {
+        "recipe": "omniglot-maml-5w5s-paper", "num_shots": 5, "num_queries": 5, "num_eval_queries": 5,
     }  # fmt: skip
 
 
@@ -275,14 +282,18 @@ def mini_imagenet(tmp_path_factory: pytest.TempPathFactory) -> Path:
     splits = {split: [f"n{split}{number}" for number in range(5)] for split in ("train", "val", "test")}
     folder = tmp_path_factory.mktemp("mini") / "data"
     folder.mkdir()
-    return flat(folder, splits, count=20)
+    return test_image_folder.flat(folder, splits, count=20)
+
+
+@pytest.mark.parametrize("name", [name for name in PUBLISHED if name.startswith("mini-imagenet")])
+def test_a_recipe_of_large_pictures_builds_its_learner(name: str) -> None:
+    learner = learner_of(RECIPES[name]())
+    assert all(bool(leaf.isfinite().all()) for leaf in tree_leaves(learner.meta_params))
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", [name for name in PUBLISHED if name.startswith("mini-imagenet")])
-def test_a_recipe_of_large_pictures_reads_a_users_files_and_computes_a_step(name: str, mini_imagenet: Path) -> None:
-    learner = learner_of(RECIPES[name]())  # with all of its widths
-    assert all(bool(leaf.isfinite().all()) for leaf in tree_leaves(learner.meta_params))
+def test_a_recipe_of_large_pictures_reads_a_users_files_and_computes_a_gradient(name: str, mini_imagenet: Path) -> None:
     config = override(narrow(RECIPES[name]()), {"data_dir": mini_imagenet, "output_dir": mini_imagenet.parent / "out"})
     rehearsal.rehearse(config)
     tasks = build.task_distributions(config)
@@ -290,6 +301,11 @@ def test_a_recipe_of_large_pictures_reads_a_users_files_and_computes_a_step(name
         support, query, *_ = tasks[split].sample([0])
         assert support.inputs.shape[1:] == (5 * flatten(config)["num_shots"], 3, 84, 84)
         assert 0 <= float(query.inputs.min()) < float(query.inputs.max()) <= 1
+    learner = learner_of(config)
+    one = tree_to(tasks["train"].sample([0]), torch.device("cpu"), torch.float32)
+    grads, _ = meta_gradient(learner.algorithm, learner.meta_params, one, 0)
+    assert all(bool(leaf.isfinite().all()) for leaf in tree_leaves(grads))
+    assert any(bool(leaf.any()) for leaf in tree_leaves(grads))
 
 
 # ----------------------------------------------------------------------------------------- how it is searched

@@ -5,15 +5,14 @@ Ravi, Larochelle (2017), "Optimization as a Model for Few-Shot Learning", https:
 
 from collections.abc import Callable, Iterator
 from functools import partial
-from typing import Any, NamedTuple, TypeAlias
+from typing import NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
-from torch.func import vjp
 
 from distmaml.algorithms import Algorithm
 from distmaml.algorithms.passes import check_steps, halves, loss_gradient, predict, query_gradient
-from distmaml.algorithms.recurrent_rule import Memory, blank, first_rule, step
+from distmaml.algorithms.recurrent_rule import Memory, Pull, blank, first_rule, step, step_vjp
 from distmaml.episodes import Batch, Episode
 from distmaml.errors import ConfigError
 from distmaml.inner import Metrics, Params, last
@@ -72,22 +71,19 @@ def meta_lstm(objective: Objective, *, num_inner_steps: int, hidden_size: int = 
 
     def meta_grad(meta: MetaLstmParams, episode: Episode, outer_step: int) -> tuple[MetaLstmParams, Metrics]:
         support_key, query_key = halves(episode.key)
-        pulls: list[Callable[[Any], tuple[Params, Tensor, Memory]]] = []
+        pulls: list[Pull] = []
 
         def take(phi: Tensor, memory: Memory, grads: Tensor, loss: Tensor) -> tuple[Tensor, Memory]:
-            def by_rule(rule: Params, phi: Tensor, memory: Memory) -> tuple[Tensor, Memory]:
-                return step(rule, phi, memory, grads, loss)
-
-            (moved, remembered), pull, *_ = vjp(by_rule, meta.rule, phi, memory)
+            after, pull = step_vjp(meta.rule, phi, memory, grads, loss)
             pulls.append(pull)
-            return moved, remembered
+            return after
 
         phi = last(walk(meta, episode.support, num_inner_steps, support_key, take))
         query_grads, metrics = query_gradient(objective, phi, episode.query, num_inner_steps, query_key)
         of_phi = _flat(query_grads)
         of_memory, of_rule = tree_map(torch.zeros_like, (blank(meta.rule, of_phi), meta.rule))
         while pulls:  # from the last step on, each let go of once it has been used
-            rule_part, of_phi, of_memory = pulls.pop()((of_phi, of_memory))
+            rule_part, of_phi, of_memory = pulls.pop()(of_phi, of_memory)
             of_rule = tree_add(of_rule, rule_part)
         return MetaLstmParams(_like(meta.params, of_phi), of_rule), metrics
 

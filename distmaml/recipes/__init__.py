@@ -11,7 +11,7 @@ otherwise than its paper is said in its docstring, what it prints in published.p
   there are shots, hence its wide intervals.
 - Accuracy is scored in both batch-norm modes. The figures of MAML, iMAML, CAVIA and MAML++ are transductive, those of
   Reptile and the metric learners inductive.
-- Gradients are not clipped entry by entry, as the code of the authors of MAML, MAML++ and CAVIA does.
+- Gradients are not clipped entry by entry, as the authors' code of MAML (on mini-ImageNet), MAML++ and CAVIA does.
 - Prototypes and queries go through batch norm apart.
 
 An inner rate is on the mean loss. That of a paper whose code sums it over the ways goes through `shared.on_the_mean`.

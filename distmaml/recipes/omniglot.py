@@ -118,7 +118,7 @@ def omniglot_maml_5w1s_paper() -> Config:
     60,000 steps of 32 tasks, constant Adam 1e-3, as many query images as shots in training and test, 1 inner step in
     training and 3 in the test. The paper's inner_lr of 0.4 is on the loss summed over 5 ways: 2.0 on the mean. What all
     recipes do otherwise (recipes/__init__.py) is otherwise here too: the norms' scale and shift, the head's first
-    weights, gradients that are not clipped entry by entry.
+    weights, the division of the characters.
     """
     return _omniglot_maml_paper(1)
 
