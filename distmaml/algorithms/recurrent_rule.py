@@ -1,6 +1,7 @@
 """The update rule of the LSTM meta-learner: a recurrent network with one set of weights, for each parameter by itself.
 
-Its derivative is written by hand: the rule is nearly all of the algorithm's work, and with autodiff the whole takes a fifth longer.
+Its derivative is written by hand: the rule is nearly all of the algorithm's work, and with autodiff the whole takes a
+fifth longer.
 
 Ravi, Larochelle (2017), "Optimization as a Model for Few-Shot Learning", https://openreview.net/forum?id=rJY0-Kcll.
 """
