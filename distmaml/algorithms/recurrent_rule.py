@@ -118,7 +118,7 @@ def step_vjp(
 
 
 def _tanh(values: Tensor) -> Tensor:
-    """By the sigmoid: on a CPU torch's tanh takes five times as long. The error is a rounding of 1 at any size."""
+    """By the sigmoid: on a CPU torch's tanh takes several times as long. The error is a rounding of 1 at any size."""
     return 2 * (2 * values).sigmoid() - 1
 
 
