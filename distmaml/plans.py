@@ -16,6 +16,7 @@ import tyro
 
 from distmaml.config import Config, as_recipe, flatten, no_field, override, parse_field, to_json
 from distmaml.errors import ConfigError, unknown
+from distmaml.options import OPTIONS
 from distmaml.published import PUBLISHED
 from distmaml.recipes import RECIPES
 
@@ -143,9 +144,10 @@ def _plan(request: Request, recipe: str, tasks: int, seed: int) -> Plan:
 
 
 def _changed(config: Config, texts: Sequence[str]) -> tuple[Config, dict[str, Any]]:
-    """The configuration with what --set says, and that by field, as JSON has it."""
+    """The configuration with what --set says, and that by field, as JSON has it; in whatever order it is said."""
     fields = []
-    for text in texts:
+    # OPTIONS go first: they say which fields there are.
+    for text in sorted(texts, key=lambda text: text.partition("=")[0] not in OPTIONS):
         field, separator, value = text.partition("=")
         if not separator:
             raise ConfigError(f"--set {text} must be field=value, as in inner_lr=0.1.")

@@ -14,9 +14,9 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from distmaml import checkpoint, comparison, driver, experiment, paths, workers
-from distmaml.config import as_recipe, flatten, read
-from distmaml.errors import DistmamlError, RunError, first_line
+from distmaml import checkpoint, comparison, driver, experiment, paths, preflight, workers
+from distmaml.config import as_recipe, flatten, from_json, override, read
+from distmaml.errors import ConfigError, DistmamlError, RunError, first_line
 from distmaml.interrupt import interruptible
 from distmaml.plans import Plan, Request, plans_of
 from distmaml.progress import say
@@ -99,7 +99,13 @@ def _check_same(row: Row, plan: Plan, file: Path) -> None:
     Raises:
       RunError: naming what differs.
     """
-    different = _differences(row.config, plan)
+    try:
+        before = as_recipe(from_json(row.config))  # an option that has come since is what it was by default
+    except ConfigError as error:
+        raise RunError(
+            f"{file} is of another version of distmaml: {error} Move it away, or name another folder by --results."
+        ) from error
+    different = _differences(before, plan)
     if different:
         raise RunError(
             f"{file} was made with other settings: {', '.join(different)}. Move it away, or name another folder by "
@@ -123,8 +129,9 @@ def _train(plan: Plan) -> None:
     Raises:
       DistmamlError: as `driver.train`, or what lies there under its name is another run.
     """
-    folder = paths.run_folder(plan.config)
-    if checkpoint.steps(paths.checkpoints(folder)) and paths.config_file(folder).exists():
+    folder, config = paths.run_folder(plan.config), plan.config
+    steps = checkpoint.steps(paths.checkpoints(folder))
+    if steps and paths.config_file(folder).exists():
         different = _differences(as_recipe(read(paths.config_file(folder))), plan)
         if different:
             raise RunError(
@@ -134,7 +141,10 @@ def _train(plan: Plan) -> None:
         if experiment.status(folder) == "FINISHED":
             say(f"It is trained already: the row is that of the run in {folder}.")
             return
-    driver.train(plan.config)
+        with preflight.claimed(folder):
+            say(f"{plan.name} was stopped after {steps[-1]} outer steps: it goes on.")
+        config = override(config, {"resume": True})  # what decides no figure may be another, as where the data lie
+    driver.train(config)
 
 
 def row_of(plan: Plan) -> Row:

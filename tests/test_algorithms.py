@@ -929,7 +929,7 @@ def test_prototypical_networks_by_hand() -> None:
     assert set(body) == {"0.weight", "0.bias"}
     support = Batch(points((0, 0), (0, 4), (2, 0), (0, 2)), torch.tensor([0, 1, 0, 1]))
     (known,) = algorithm.adapt(body, support, num_steps=7)
-    assert known.tolist() == [[1, 0], [0, 3]]
+    assert known.centers.tolist() == [[1, 0], [0, 3]]
     assert algorithm.predict(body, known, points((1, 1), (0, 3))).tolist() == [[-1, -5], [-10, 0]]
     episode = Episode(support, Batch(points((1, 1)), torch.tensor([0])))
     loss = algorithm.meta_grad(body, episode, 0)[1]["query_loss"]
@@ -973,11 +973,17 @@ def test_a_head_of_prototypes_says_what_prototypical_networks_do() -> None:
     torch.testing.assert_close(logits[0].log_softmax(1), logits[1].log_softmax(1), rtol=1e-10, atol=1e-10)
 
 
-def test_a_class_that_the_support_set_lacks_has_the_origin_for_its_prototype() -> None:
+def test_a_query_is_of_a_class_that_the_support_set_shows() -> None:
+    """(0.5, 0) is nearer to the origin than to the one centre, (2, 0)."""
     target, theta = plane(3)
-    support = Batch(points((1, 0), (3, 0)), torch.tensor([0, 0]))
-    (known,) = prototypical_networks(target).adapt(theta, support)
-    assert known.tolist() == [[2, 0], [0, 0], [0, 0]]
+    algorithm = prototypical_networks(target)
+    support = Batch(points((1, 0), (3, 0)), torch.tensor([1, 1]))
+    (known,) = algorithm.adapt(theta, support)
+    chances = algorithm.predict(theta, known, points((0.5, 0), (-40, 0))).softmax(-1)
+    assert chances.tolist() == [pytest.approx([0, 1, 0]), pytest.approx([0, 1, 0])]
+    absent = Episode(support, Batch(points((0.5, 0)), torch.tensor([2])))
+    grads, metrics = algorithm.meta_grad(theta, absent, 0)
+    assert all(leaf.isfinite().all() for leaf in tree_leaves((grads, metrics)))  # unlikely, but a number
 
 
 # -------------------------------------------------------------------------------------------- bad input
@@ -1014,6 +1020,15 @@ def test_a_model_that_is_nothing_but_its_head_is_refused(name: str) -> None:
         WITH_A_BODY[name](target)
 
 
+@pytest.mark.parametrize("name", WITH_A_BODY)
+def test_a_model_that_does_not_end_in_its_head_is_refused(name: str) -> None:
+    module, task = _HeadFirst().double(), tree_index(setup("mlp").tasks, 0)
+    algorithm = WITH_A_BODY[name](classification(module))
+    meta = algorithm.init(initial_params(module), torch.Generator().manual_seed(0))
+    with pytest.raises(ConfigError, match=r"_HeadFirst.forward does not end in its head 'body'.* the right head"):
+        algorithm.meta_grad(meta, task, 0)
+
+
 @pytest.mark.parametrize("name", ["proto_maml", "fine_tuning", "prototypical_networks", "matching_networks"])
 def test_a_head_that_is_no_linear_classifier_is_refused(name: str) -> None:
     target = classification(nn.Sequential(nn.Linear(3, 8), nn.LayerNorm(8)))
@@ -1045,6 +1060,19 @@ def _mlp(make: Callable[..., Algorithm], **options: Any) -> Callable[[], object]
 
 def _two_layers() -> nn.Module:
     return nn.Sequential(nn.Linear(3, 8), nn.Linear(8, WAYS))
+
+
+class _HeadFirst(nn.Module):
+    """A model whose last layer is not the one that it names last."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.head = nn.Linear(8, WAYS)
+        self.body = nn.Linear(3, 8)
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        logits: Tensor = self.head(self.body(inputs).tanh())
+        return logits
 
 
 class _Idle(nn.Module):
@@ -1103,6 +1131,13 @@ REFUSED: dict[str, tuple[Callable[[], object], str]] = {
     "a layer before a dropout and a norm": (
         lambda: cavia(
             classification(nn.Sequential(nn.Conv2d(1, 4, 3), nn.Dropout2d(), nn.InstanceNorm2d(4), nn.Conv2d(4, 2, 3))),
+            **INNER, modulated_layer="0",
+        ),
+        r"modulated_layer='0' is followed by the norm '2'",
+    ),
+    "a layer before a pooling and a norm": (
+        lambda: cavia(
+            classification(nn.Sequential(nn.Conv2d(1, 4, 3), nn.MaxPool2d(2), nn.InstanceNorm2d(4), nn.Flatten())),
             **INNER, modulated_layer="0",
         ),
         r"modulated_layer='0' is followed by the norm '2'",

@@ -343,6 +343,18 @@ def test_what_does_nothing_is_not_searched() -> None:
     assert [text.partition("=")[0] for text in tuning] == ["inner_lr", "outer_lr", "meta_batch_size"]
 
 
+@pytest.mark.parametrize("name", ["omniglot-imaml-hf-5w1s", "sinusoid-imaml-5s"])
+def test_newton_steps_have_no_rate_to_search(name: str) -> None:
+    assert [text.partition("=")[0] for text in default_space(RECIPES[name]())][:2] == ["outer_lr", "num_inner_steps"]
+
+
+@pytest.mark.parametrize(("pull", "highest"), [(0.5, 1.0), (9.0, 2 / 9), (1e4, 2e-4)])
+def test_a_rate_by_which_imaml_goes_astray_is_not_tried(pull: float, highest: float) -> None:
+    config = override(RECIPES["omniglot-imaml-5w1s"](), {"regularization": pull, "inner_lr": min(0.1, 1 / pull)})
+    domain = space.parse(config, default_space(config))["inner_lr"]
+    assert domain.low < domain.high == pytest.approx(highest, rel=1e-5)
+
+
 def test_the_default_space_of_maml_is_what_it_was() -> None:
     assert default_space(RECIPES["glyphs-maml-5w1s"]()) == (
         "inner_lr=log:0.001:1", "outer_lr=log:0.0001:0.01", "num_inner_steps=int:1:5",

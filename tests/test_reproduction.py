@@ -89,6 +89,9 @@ def test_another_model_may_be_set_with_its_own_options() -> None:
     found = plan(GLYPHS, changes=("model=mlp", "hidden_sizes=[16, 8]"))
     assert flatten(found.config)["hidden_sizes"] == (16, 8)
     assert found.overrides == {"model": "mlp", "hidden_sizes": [16, 8]}
+    assert plan(GLYPHS, changes=("hidden_sizes=[16, 8]", "model=mlp")).config == found.config
+    with pytest.raises(ConfigError, match="num_filters=16 for glyphs-maml-5w1s: unknown field 'num_filters'"):
+        plan(GLYPHS, changes=("num_filters=16", "model=mlp"))
 
 
 def names(*recipes: str, **values: Any) -> list[str]:
@@ -422,6 +425,26 @@ def test_a_row_of_other_settings_is_not_taken_for_the_same(place: Place, capsys:
     assert reproduce(request) == [made.stem]
     said = capsys.readouterr().err
     assert "was made with other settings: outer_lr=0.001 (was 0.5). Move it away, or name another folder" in said
+    row["config"].update(outer_lr=0.001, no_such_field=1)
+    made.write_text(json.dumps(row))
+    assert reproduce(request) == [made.stem]
+    assert "is of another version of distmaml: unknown option 'no_such_field'" in capsys.readouterr().err
+
+
+@pytest.mark.usefixtures("serially")
+def test_a_row_that_is_older_than_an_option_was_made_with_its_default(
+    place: Place, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert reproduce(place.request(WAVES)) == []
+    (made,) = place.results.iterdir()
+    row = json.loads(made.read_text())
+    assert row["config"].pop("clip_norm") is None
+    made.write_text(json.dumps(row))
+    assert reproduce(place.request(WAVES)) == []
+    clipped = override(RECIPES[WAVES](), {"clip_norm": 1.0})
+    monkeypatch.setitem(RECIPES, WAVES, lambda: clipped)
+    assert reproduce(place.request(WAVES)) == [made.stem]
+    assert "was made with other settings: clip_norm=1.0 (was None)" in capsys.readouterr().err
 
 
 @pytest.mark.usefixtures("serially")
@@ -458,7 +481,8 @@ def test_the_same_command_goes_on_with_a_row_that_was_stopped(
     first = plans_of(request)[0].name
     assert f"Stopped in {first}, row 1 of 2: the same command goes on with it." in capsys.readouterr().err
     assert read_rows(place.results) == []
-    assert reproduce(request) == []
+    # What decides no figure may be another by now.
+    assert reproduce(replace(request, changes=((*TINY, "log_every=3", "checkpoint_every=2"),))) == []
     assert f"{first} was stopped after 5 outer steps: it goes on." in capsys.readouterr().err
     rows = read_rows(place.results)
     assert [(found.seed, found.outer_steps) for found in rows] == [(0, 12), (1, 12)]

@@ -51,7 +51,7 @@ def by_rule(objective: Objective, rule: UpdateRule, num_inner_steps: int) -> Alg
     """MAML with another update rule that has nothing to learn.
 
     Raises:
-      ConfigError: no inner step, no rate above 0.
+      ConfigError: no inner step.
     """
     check_steps(num_inner_steps)
 

@@ -5,6 +5,7 @@ Vinyals, Blundell, Lillicrap, Kavukcuoglu, Wierstra (2016), "Matching Networks f
 https://arxiv.org/abs/1606.04080.
 """
 
+import math
 from collections.abc import Callable
 from typing import NamedTuple, TypeAlias
 
@@ -19,6 +20,13 @@ from distmaml.episodes import Batch, Episode
 from distmaml.inner import Metrics, Params, gradient_and_value
 from distmaml.objectives import Moment, Objective
 from distmaml.trees import Tree
+
+
+class Prototypes(NamedTuple):
+    """What prototypical networks remember of a task: of each class the mean feature, and how many it is the mean of."""
+
+    centers: Tensor
+    shown: Tensor
 
 
 class Labelled(NamedTuple):
@@ -39,7 +47,7 @@ def prototypical_networks(objective: Objective) -> Algorithm:
 
     ::
 
-        logits_n(x) = -|f(x) - c_n|^2,  c_n the mean of f over class n in the support set
+        logits_n(x) = -|f(x) - c_n|^2,  c_n the mean of f over class n in the support set, n over its classes
 
     The meta-parameters are those of the body f; the gradient is that of the query loss.
 
@@ -48,11 +56,14 @@ def prototypical_networks(objective: Objective) -> Algorithm:
     """
     num_ways = linear_head(objective, "prototypical_networks").out_features
 
-    def compare(centers: Tensor, queries: Tensor) -> Tensor:
-        return -(queries.unsqueeze(1) - centers.unsqueeze(0)).square().sum(-1)
+    def remember(features: Tensor, labels: Tensor) -> Prototypes:
+        return Prototypes(prototypes(features, labels, num_ways), one_hot(labels, num_ways, features).sum(0))
 
-    def remember(features: Tensor, labels: Tensor) -> Tensor:
-        return prototypes(features, labels, num_ways)
+    def compare(known: Prototypes, queries: Tensor) -> Tensor:
+        logits = -(queries.unsqueeze(1) - known.centers.unsqueeze(0)).square().sum(-1)
+        # A class that the support set does not show has no probability to speak of, and a logit that is finite.
+        least = logits.amin(-1, keepdim=True) + math.log(torch.finfo(logits.dtype).tiny)
+        return torch.where(known.shown > 0, logits, least)
 
     return _by_comparison(objective, "prototypical_networks", remember, compare)
 

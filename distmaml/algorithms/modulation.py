@@ -8,6 +8,12 @@ from torch import nn
 from distmaml.errors import ConfigError
 from distmaml.objectives import Objective
 
+_LETS_THROUGH = (
+    nn.Identity, nn.modules.dropout._DropoutNd, nn.modules.pooling._MaxPoolNd, nn.modules.pooling._AvgPoolNd,
+    nn.modules.pooling._AdaptiveMaxPoolNd, nn.modules.pooling._AdaptiveAvgPoolNd,
+)  # fmt: skip
+"""Modules behind which what was done to a channel as a whole is still done to it as a whole."""
+
 
 def modulated(objective: Objective, wanted: str | None) -> tuple[str, int]:
     """The layer that context parameters change, by its name, and its channels.
@@ -57,7 +63,7 @@ def _norm_after(objective: Objective, name: str) -> str | None:
         lambda step: step[0] != name, _in_order(outermost, objective.model.get_submodule(outermost))
     )
     for other, module in itertools.islice(behind, 1, None):
-        if not isinstance(module, nn.Identity | nn.modules.dropout._DropoutNd):
+        if not isinstance(module, _LETS_THROUGH):
             return other if isinstance(module, nn.modules.batchnorm._NormBase) else None
     return None
 

@@ -17,6 +17,8 @@ otherwise than its paper is said in its docstring, what it prints in published.p
 An inner rate is on the mean loss. That of a paper whose code sums it over the ways goes through `shared.on_the_mean`.
 """
 
+import math
+
 from distmaml.config import Config, flatten
 from distmaml.recipes import glyphs, mini_imagenet, omniglot, pictures, sinusoid  # noqa: F401 (they list themselves)
 from distmaml.recipes.shared import RECIPES
@@ -36,8 +38,9 @@ def default_space(config: Config, *, rates_only: bool = False) -> tuple[str, ...
       rates_only: only what may change while a trial runs.
     """
     size, flat = config.outer.meta_batch_size, flatten(config)
+    pull = flat.get("regularization", 0.0)
     space = {
-        "inner_lr": _around(flat.get("inner_lr"), 0.001, 1),
+        "inner_lr": _around(flat.get("inner_lr"), 0.001, 1, most=2 / pull if pull > 0 else math.inf),
         "outer_lr": _around(config.outer.outer_lr, 0.0001, 0.01),
         "num_inner_steps": f"int:1:{max(5, flat.get('num_inner_steps', 1))}",
         "algorithm": "choice:" + ",".join(_BY_GRADIENT),
@@ -52,11 +55,14 @@ def default_space(config: Config, *, rates_only: bool = False) -> tuple[str, ...
     return tuple(f"{field}={domain}" for field, domain in space.items() if field in flat)
 
 
-def _around(rate: float | None, low: float, high: float) -> str:
+def _around(rate: float | None, low: float, high: float, *, most: float = math.inf) -> str:
     """The usual range of a rate; for one that lies outside, or at its lower end, a tenth of it to three times as much.
 
     Reptile's outer rate begins as 1, its inner one is Adam's, and that of a summed loss is large.
+
+    Args:
+      most: that it must stay below: that of iMAML's gradient solver, below 2 / lambda.
     """
     if rate is not None and not low < rate <= high:
         low, high = rate / 10, 3 * rate
-    return f"log:{low:g}:{high:g}"
+    return f"log:{low:g}:{min(high, most):g}"
