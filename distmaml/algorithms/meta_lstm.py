@@ -9,6 +9,7 @@ from typing import NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from distmaml.algorithms import Algorithm
 from distmaml.algorithms.passes import check_steps, halves, loss_gradient, predict, query_gradient
@@ -18,6 +19,9 @@ from distmaml.errors import ConfigError
 from distmaml.inner import Metrics, Params, last
 from distmaml.objectives import Moment, Objective
 from distmaml.trees import tree_add, tree_leaves, tree_map
+
+ALIGNED = 16
+"""Rows of so many numbers start where a processor loads them at once: products of others may take twice as long."""
 
 Take: TypeAlias = Callable[[Tensor, Memory, Tensor, Tensor], tuple[Tensor, Memory]]
 """(phi, memory, gradient, loss) -> (phi, memory): a step by a rule."""
@@ -91,9 +95,12 @@ def meta_lstm(objective: Objective, *, num_inner_steps: int, hidden_size: int = 
 
 
 def _flat(params: Params) -> Tensor:
-    return torch.cat([leaf.flatten() for leaf in params.values()])
+    """All parameters in one row, filled up with zeros that the rule leaves alone: torch multiplies such rows faster."""
+    flat = torch.cat([leaf.flatten() for leaf in params.values()])
+    return F.pad(flat, (0, -len(flat) % ALIGNED))
 
 
 def _like(params: Params, flat: Tensor) -> Params:
-    pieces = torch.split(flat, [leaf.numel() for leaf in params.values()])
+    sizes = [leaf.numel() for leaf in params.values()]
+    pieces = torch.split(flat[: sum(sizes)], sizes)
     return {name: piece.view_as(params[name]) for name, piece in zip(params, pieces, strict=True)}
