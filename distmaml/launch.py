@@ -30,6 +30,8 @@ WORKER_ENVIRONMENT = {
     # glibc gives large blocks back at every free and faults them in again; keeping them is worth 1.2 to 1.3
     "MALLOC_MMAP_THRESHOLD_": str(2**30),
     "MALLOC_TRIM_THRESHOLD_": str(2**32),
+    # The training loop is not in a worker's first thread, and arenas of others give back whatever the thresholds say
+    "MALLOC_ARENA_MAX": "1",
     # What is new is faulted in by 2 MiB, where the kernel gives such pages to those who ask: worth 1.1 to 1.2
     "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1",
 }
