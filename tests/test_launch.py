@@ -2,6 +2,8 @@
 
 import os
 import signal
+import subprocess
+import sys
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -189,3 +191,23 @@ class TestOnACluster:
     def test_crashes_without_end_are_a_cluster_error(self, tmp_path: Path) -> None:
         with pytest.raises(ClusterError, match=r"failed more than 0 times.*its process died"):
             fit(die, tmp_path, max_failures=0)
+
+
+def test_memory_that_the_thread_that_trains_lets_go_of_is_kept_for_it() -> None:
+    """Counted in pages that the kernel had to give, by a thread that is not its process's first, as Ray Train's."""
+    program = (
+        "import resource, threading\n"
+        "def step(): return sum(len(block) for block in [bytearray(9 << 20) for _ in range(12)])\n"
+        "def pages(): return resource.getrusage(resource.RUSAGE_SELF).ru_minflt\n"
+        "def train():\n"
+        "    step()\n"
+        "    before = pages()\n"
+        "    for _ in range(3): step()\n"
+        "    print(pages() - before)\n"
+        "thread = threading.Thread(target=train); thread.start(); thread.join()\n"
+    )
+    as_it_is, of_workers = (
+        int(subprocess.run([sys.executable, "-c", program], env=env, capture_output=True, check=True).stdout)
+        for env in (dict(os.environ), os.environ | launch.WORKER_ENVIRONMENT)
+    )
+    assert 4 * of_workers < as_it_is
